@@ -1,0 +1,29 @@
+"""Errors of rlgov. Every message says what is wrong, where, and what to do about it."""
+
+
+class RlgovError(Exception):
+    """Base of every error rlgov raises on purpose."""
+
+
+class ConfigError(RlgovError):
+    """A setting, flag or configuration file cannot be used."""
+
+
+class TraceError(RlgovError):
+    """A request trace is malformed; the message names file, line and field."""
+
+
+class ProfileError(RlgovError):
+    """A profile is malformed or does not cover what was asked of it."""
+
+
+class BundleError(RlgovError):
+    """A policy bundle is damaged, of another schema, or made for another deployment."""
+
+
+class JournalError(RlgovError):
+    """A journal cannot be read, or holds something else than was asked for."""
+
+
+class DeploymentError(RlgovError):
+    """A deployment cannot start, or was used out of order."""

@@ -1,0 +1,1 @@
+"""Control rules to compare learned policies with."""

@@ -1,0 +1,74 @@
+# The same few names everywhere; every target sets up what it needs. `make help` lists them.
+
+# The Python (3.11 or newer) that makes .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Extra arguments for installing torch alone. On Linux the default package of torch is a CUDA build of
+# some gigabytes; a CPU build is all that is needed here. If you know an index of CPU wheels, name it:
+#   make demo TORCH_PIP_ARGS="--index-url <index of PyTorch's CPU wheels>"
+# Nothing is fetched when the pinned release is installed already, in whichever build.
+TORCH_PIP_ARGS ?=
+
+# Arguments for pytest, e.g. make test PYTEST_ARGS="-n 0 -x tests/envs"
+PYTEST_ARGS ?= -n 2
+# Arguments for the demo and the benchmark, e.g. make demo DEMO_ARGS="--help"
+DEMO_ARGS  ?=
+BENCH_ARGS ?=
+
+# Many small matrix products: more threads than one only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+install: $(STAMP) ## make .venv and install everything that is pinned
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no '$(PYTHON)' here. Install Python 3.11 or newer, or say which: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), but rlgov needs Python 3.11 or newer. Say which: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { \
+	  echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv" >&2; \
+	  exit 1; }
+	@echo "installing into $(VENV) (the first time takes a few minutes)"
+	@$(PIP) setuptools
+	@$(BIN)/python -m pip freeze --disable-pip-version-check 2>/dev/null \
+	  | grep -qE "^$$(grep '^torch==' .ci/constraints.txt | sed 's/\./\\./g')(\+|$$)" \
+	  || $(PIP) torch $(TORCH_PIP_ARGS)
+	@$(PIP) --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+demo: $(STAMP) ## train a small policy, replay a trace against the baselines, draw the result (minutes)
+	$(BIN)/rlgov demo $(DEMO_ARGS)
+
+check: $(STAMP) ## lint, formatting, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) ## run every test (minutes; needs no GPU)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP) ## measure the simulator, the environments, training and a decision
+	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
+
+format: $(STAMP) ## bring the code into the common form
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build results; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+	find rlgov envs agents tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Request traces: read, summarise, synthesise and fetch them."""

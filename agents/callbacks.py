@@ -1,0 +1,463 @@
+"""What happens around PPO's updates: restarts, evaluation, checkpoints, the constraint, progress.
+
+Order within one rollout boundary: evaluate and keep the best, checkpoint, start episodes anew. All of it
+runs at the start of a rollout, when the last update is complete, so that a checkpoint never holds half
+of one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+from rlgov.agents.ppo import Checkpoint, predict, save_checkpoint
+from rlgov.agents.tensorboard import record_episodes, record_evaluation, record_rollout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+    from types import FrameType
+
+    from numpy.typing import NDArray
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from rlgov.agents.lagrangian import LagrangeMultiplier
+    from rlgov.agents.ppo import Ppo
+    from rlgov.agents.train_config import TrainConfig
+    from rlgov.records import Limits
+
+EPISODE_FIGURES = ("attainment", "energy_ratio")  # of an episode's info, besides r, l and t
+
+
+class TrainingEnv(Protocol):
+    """What training needs of the vectorised environment besides Stable-Baselines3's VecEnv."""
+
+    miss_weight: float
+    limits: Limits
+
+    def totals(self) -> Mapping[str, NDArray[np.float64] | float]:
+        """Counters since the last call, summed over environments; at least arrivals and misses."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """Deterministic episodes after ``steps`` training steps; arrays have one value per episode."""
+
+    steps: int
+    reward: NDArray[np.float64]
+    length: NDArray[np.int64]
+    attainment: NDArray[np.float64]
+    energy_ratio: NDArray[np.float64]
+    slo_scale: NDArray[np.float64]
+
+    @property
+    def worst_attainment(self) -> float:
+        """Mean attainment of the SLO scale that is served worst."""
+        return min(float(self.attainment[self.slo_scale == s].mean()) for s in np.unique(self.slo_scale))
+
+    @property
+    def saving(self) -> float:
+        """Energy saved against the fastest setting on the same episodes, as a share."""
+        return 1.0 - float(self.energy_ratio.mean())
+
+    def rank(self, target_attainment: float) -> tuple[bool, float]:
+        """Larger is better: the highest saving that holds the target, else the best attainment."""
+        holds = self.worst_attainment >= target_attainment
+        return holds, self.saving if holds else self.worst_attainment
+
+    def figures(self) -> dict[str, float]:
+        """The figures a checkpoint remembers of the best model."""
+        return {
+            "steps": float(self.steps),
+            "worst_attainment": self.worst_attainment,
+            "attainment": float(self.attainment.mean()),
+            "saving": self.saving,
+            "reward": float(self.reward.mean()),
+        }
+
+
+def run_episodes(model: Ppo, env: VecEnv, seed: int, observe: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
+    """One deterministic episode in every environment; the ``episode`` info of each, in order.
+
+    Stable-Baselines3 starts finished environments anew: what follows an environment's first episode is
+    not counted.
+    """
+    env.seed(seed)
+    observations = env.reset()
+    episodes: list[dict[str, Any] | None] = [None] * env.num_envs
+    while any(episode is None for episode in episodes):
+        batch = cast("NDArray[np.float32]", observations)
+        if observe is not None:
+            observe(batch)
+        observations, _, dones, infos = env.step(predict(model, batch, env))
+        for i in np.flatnonzero(dones):
+            if episodes[i] is None:
+                episodes[i] = infos[i]["episode"]
+    return [episode for episode in episodes if episode is not None]
+
+
+def evaluate(model: Ppo, environments: Mapping[float, VecEnv], seed: int) -> Evaluation:
+    """Deterministic episodes under every SLO scale; the same ones for the same seed."""
+    episodes: list[dict[str, Any]] = []
+    scales: list[float] = []
+    for scale, env in environments.items():
+        episodes += run_episodes(model, env, seed)
+        scales += [scale] * env.num_envs
+    return Evaluation(
+        steps=model.num_timesteps,
+        reward=np.array([e["r"] for e in episodes], dtype=np.float64),
+        length=np.array([e["l"] for e in episodes], dtype=np.int64),
+        attainment=np.array([e["attainment"] for e in episodes], dtype=np.float64),
+        energy_ratio=np.array([e["energy_ratio"] for e in episodes], dtype=np.float64),
+        slo_scale=np.array(scales, dtype=np.float64),
+    )
+
+
+class EvaluationLog:
+    """evaluations.npz in Stable-Baselines3's layout, with attainment and energy beside the rewards."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._evaluations: list[Evaluation] = []
+
+    def restore(self, until_steps: int) -> None:
+        """Read back what was written up to a checkpoint; later evaluations will be run again."""
+        if not self._path.exists():
+            return
+        with np.load(self._path) as data:
+            for i, steps in enumerate(data["timesteps"]):
+                if steps <= until_steps:
+                    row = (data[k][i] for k in ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale"))
+                    self._evaluations.append(Evaluation(int(steps), *row))
+
+    def __contains__(self, steps: int) -> bool:
+        return any(e.steps == steps for e in self._evaluations)
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Add one evaluation and write the file, whole or not at all."""
+        self._evaluations.append(evaluation)
+        partial = self._path.with_suffix(".part")
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                timesteps=np.array([e.steps for e in self._evaluations]),
+                results=np.stack([e.reward for e in self._evaluations]),
+                ep_lengths=np.stack([e.length for e in self._evaluations]),
+                attainment=np.stack([e.attainment for e in self._evaluations]),
+                energy_ratio=np.stack([e.energy_ratio for e in self._evaluations]),
+                slo_scale=np.stack([e.slo_scale for e in self._evaluations]),
+            )
+        partial.replace(self._path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rollout boundaries
+
+
+def leg_seed(seed: int, steps: int) -> int:
+    """Seed of everything random from a restart after ``steps`` steps on."""
+    return int(np.random.SeedSequence([seed, steps]).generate_state(1)[0] >> 1)  # Gymnasium wants 31 bits
+
+
+@dataclass
+class Milestones:
+    """When a rollout starts: is an evaluation due, a checkpoint, a restart of the episodes?"""
+
+    evaluation_steps: int
+    checkpoint_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Milestones:
+        """Both periods in whole rollouts."""
+        return cls(
+            config.whole_rollouts(config.evaluation.every_steps), config.whole_rollouts(config.checkpoint_steps)
+        )
+
+    def evaluation_due(self, steps: int) -> bool:
+        """Whether to evaluate after so many steps."""
+        return steps % self.evaluation_steps == 0
+
+    def checkpoint_due(self, steps: int) -> bool:
+        """Whether to checkpoint, and to restart episodes, after so many steps."""
+        return steps % self.checkpoint_steps == 0
+
+
+@dataclass
+class RunState:
+    """What callbacks share and a checkpoint keeps."""
+
+    multiplier: LagrangeMultiplier
+    best: dict[str, float] | None = None
+    best_rank: tuple[bool, float] | None = None
+    rollout_start_steps: int = 0
+    interrupted: bool = False
+
+    def rerank(self, target_attainment: float) -> None:
+        """Recover the rank of the best model from its figures, after a resume."""
+        if self.best is not None:
+            holds = self.best["worst_attainment"] >= target_attainment
+            self.best_rank = (holds, self.best["saving"] if holds else self.best["worst_attainment"])
+
+
+class BoundaryCallback(BaseCallback):
+    """Evaluates, keeps the best model, checkpoints and restarts episodes between rollouts."""
+
+    def __init__(self, config: TrainConfig, state: RunState, environments: Mapping[float, VecEnv]) -> None:
+        super().__init__()
+        self._config = config
+        self._state = state
+        self._environments = environments
+        self._milestones = Milestones.of(config)
+        self._started = False
+        self.log = EvaluationLog(config.out / "evaluations.npz")
+
+    def _on_rollout_start(self) -> None:
+        steps = self.model.num_timesteps
+        self._state.rollout_start_steps = steps
+        if self._milestones.evaluation_due(steps):
+            self.evaluate()
+        boundary = self._milestones.checkpoint_due(steps)
+        if boundary and self._started:
+            self.checkpoint()
+        if boundary or not self._started:
+            self._restart_episodes(steps)
+        self._started = True
+
+    def _restart_episodes(self, steps: int) -> None:
+        """Everything random starts anew from (seed, steps): a resumed run repeats the same future."""
+        model = self.model
+        model.set_random_seed(leg_seed(self._config.seed, steps))
+        self.training_env.miss_weight = self._state.multiplier.miss_weight  # type: ignore[attr-defined]  # TrainingEnv
+        model._last_obs = self.training_env.reset()  # type: ignore[assignment]  # noqa: SLF001  # as SB3's own _setup_learn does
+        model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=bool)  # noqa: SLF001
+        cast("TrainingEnv", self.training_env).totals()
+
+    def evaluate(self) -> None:
+        """Evaluate once at the present step and keep the model if it is the best so far."""
+        if self.model.num_timesteps in self.log:
+            return
+        model = cast("Ppo", self.model)
+        outcome = evaluate(model, self._environments, self._config.evaluation.seed)
+        self.log.append(outcome)
+        record_evaluation(self.logger, outcome.figures())
+        rank = outcome.rank(self._config.lagrangian.target_attainment)
+        if self._state.best_rank is None or rank > self._state.best_rank:
+            self._state.best_rank = rank
+            self._state.best = outcome.figures()
+            partial = self._config.out / "best_model.part"
+            with partial.open("wb") as file:
+                model.save(file)
+            partial.replace(self._config.out / "best_model.zip")
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the present step and delete the oldest ones."""
+        folder = self._config.out / "checkpoints"
+        steps = self.model.num_timesteps
+        save_checkpoint(
+            cast("Ppo", self.model),
+            folder / checkpoint_name(steps),
+            Checkpoint(
+                steps=steps,
+                updates=self.model._n_updates,  # noqa: SLF001  # Stable-Baselines3 offers no getter
+                multiplier=self._state.multiplier.state(),
+                best=self._state.best,
+            ),
+        )
+        for old in checkpoints(folder)[: -self._config.keep_checkpoints]:
+            old.unlink()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def checkpoint_name(steps: int) -> str:
+    """RL Zoo's name for a checkpoint."""
+    return f"rl_model_{steps}_steps.zip"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    return sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[2]))
+
+
+class RolloutCallback(BaseCallback):
+    """Moves the Lagrange multiplier after each rollout and records what the rollout was like."""
+
+    def __init__(self, config: TrainConfig, state: RunState) -> None:
+        super().__init__()
+        self._config = config
+        self._state = state
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        env = cast("TrainingEnv", self.training_env)
+        totals = {name: float(np.sum(value)) for name, value in env.totals().items()}
+        multiplier = self._state.multiplier
+        env.miss_weight = multiplier.update(totals["arrivals"], totals["misses"])
+        model = cast("Ppo", self.model)
+        record_rollout(self.logger, totals, model.rollout_buffer.actions, env.limits)
+        self.logger.record("constraint/miss_weight", multiplier.miss_weight)
+        if multiplier.attainment is not None:
+            self.logger.record("constraint/recent_attainment", multiplier.attainment)
+        ppo = self._config.ppo
+        done = min(model.num_timesteps / self._config.whole_rollouts(self._config.total_steps), 1.0)
+        model.ent_coef = ppo.entropy_weight + done * (ppo.final_entropy_weight - ppo.entropy_weight)
+        self.logger.record("train/entropy_weight", model.ent_coef)
+
+
+class MonitorCallback(BaseCallback):
+    """0.monitor.csv in Stable-Baselines3's layout: one row per finished training episode."""
+
+    COLUMNS = ("r", "l", "t", *EPISODE_FIGURES, "steps")
+
+    def __init__(self, path: Path, until_steps: int) -> None:
+        super().__init__()
+        self._path = path
+        self._until_steps = until_steps
+        self._episodes: list[dict[str, Any]] = []
+
+    def _on_training_start(self) -> None:
+        kept: list[dict[str, str]] = []
+        if self._path.exists():
+            with self._path.open(encoding="utf-8", newline="") as file:
+                file.readline()
+                kept = [row for row in csv.DictReader(file) if int(row["steps"]) <= self._until_steps]
+        with self._path.open("w", encoding="utf-8", newline="") as file:
+            file.write("#" + json.dumps({"t_start": 0.0, "env_id": "rlgov/SimulatedServing-v0"}) + "\n")
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def _on_step(self) -> bool:
+        dones: NDArray[np.bool_] = self.locals["dones"]
+        if dones.any():
+            for i in np.flatnonzero(dones):
+                self._episodes.append({**self.locals["infos"][i]["episode"], "steps": self.num_timesteps})
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if not self._episodes:
+            return
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS, extrasaction="ignore").writerows(self._episodes)
+        record_episodes(self.logger, self._episodes)
+        self._episodes.clear()
+
+
+# ---------------------------------------------------------------------------------------------------
+# People
+
+
+@dataclass
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+
+    requested: bool = False
+    say: Callable[[str], None] = field(default=lambda _: None)
+
+    def on_signal(self, signal_number: int, _frame: FrameType | None) -> None:
+        """Signal handler."""
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        name = signal.Signals(signal_number).name
+        self.say(f"{name}: saving a checkpoint, then stopping; once more to stop at once")
+
+
+@contextmanager
+def stop_on_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM while training runs in the main thread."""
+    stop = StopRequest(say=say)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python delivers signals to the main thread only
+        return
+    previous = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class StopCallback(BaseCallback):
+    """Ends training at the next step once asked to; the started rollout is discarded."""
+
+    def __init__(self, stop: StopRequest, state: RunState) -> None:
+        super().__init__()
+        self._stop = stop
+        self._state = state
+
+    def _on_step(self) -> bool:
+        if self._stop.requested:
+            self._state.interrupted = True
+            # Steps without an update do not count: they would shift every later milestone.
+            self.model.num_timesteps = self._state.rollout_start_steps
+            return False
+        return True
+
+
+class ProgressCallback(BaseCallback):
+    """A bar on a terminal, a plain line every twentieth of the run elsewhere."""
+
+    LINES = 20
+
+    def __init__(self, total_steps: int, state: RunState, say: Callable[[str], None], *, terminal: bool) -> None:
+        super().__init__()
+        self._total_steps = total_steps
+        self._state = state
+        self._say = say
+        self._terminal = terminal
+        self._bar: tqdm[None] | None = None
+        self._lines_said = 0
+
+    def _on_training_start(self) -> None:
+        self._lines_said = self.LINES * self.model.num_timesteps // self._total_steps
+        if self._terminal:
+            self._bar = tqdm(
+                total=self._total_steps, initial=self.model.num_timesteps, unit="step", unit_scale=True, desc="train"
+            )
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        steps = self.model.num_timesteps
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._status(), refresh=False)
+            self._bar.update(steps - self._bar.n)
+            return
+        due = self.LINES * steps // self._total_steps
+        if due > self._lines_said:
+            self._lines_said = due
+            self._say(f"{steps:,} of {self._total_steps:,} steps  {self._status()}")
+
+    def _status(self) -> str:
+        attainment = self._state.multiplier.attainment
+        parts = [
+            "attainment -" if attainment is None else f"attainment {attainment:.2%}",
+            f"miss weight {self._state.multiplier.miss_weight:.1f}",
+        ]
+        if self._state.best is not None:
+            best = self._state.best
+            parts.append(f"best: saves {best['saving']:.1%} at {best['worst_attainment']:.2%} or more")
+        return ", ".join(parts)
+
+    def _on_training_end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,206 @@
+"""N simulated deployments stepped in one compiled call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlgov.errors import ConfigError
+from rlgov.records import WINDOW_FIELDS
+from rlgov.simulation import kernel, layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlgov.records import Limits, ServiceLevel
+    from rlgov.simulation.tables import PhysicsTables
+    from rlgov.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestLog:
+    """What became of each request of a run, arrays of shape (n,) in order of arrival.
+
+    ``first_token_s`` and ``finish_s`` are NaN where that never happened. ``missed`` holds the verdicts
+    reached so far; a request that is still without one at the end is for the reader to judge.
+    """
+
+    arrival_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    finish_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    missed: NDArray[np.bool_]
+    refused: NDArray[np.bool_]
+
+    @property
+    def ttft_s(self) -> NDArray[np.float64]:
+        """Time to first token, NaN where there was none."""
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> NDArray[np.float64]:
+        """Mean time per output token after the first; NaN for unfinished or one-token requests."""
+        gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
+        return (self.finish_s - self.first_token_s) / gaps
+
+
+class SimulationBatch:
+    """N independent simulations over one action table.
+
+    Axis indices are those of ``limits``: (clock, cap, TP), 0 fastest. Each simulation has its own
+    physics, trace and SLO, given with :meth:`load`.
+    """
+
+    def __init__(self, limits: Limits, n: int, tables: PhysicsTables, *, capacity: int = 1024) -> None:
+        self.limits = limits
+        self.n = n
+        self._capacity = capacity
+        self._interval_ps = round(limits.interval_s * layout.PS_PER_S)
+        grid = tables.grid_clocks_mhz
+        clocks = np.array(limits.sm_clocks_mhz, dtype=np.int64)
+        self._grid_index = np.searchsorted(grid, clocks)
+        if not np.array_equal(grid[np.minimum(self._grid_index, grid.size - 1)], clocks):
+            msg = f"clocks {limits.sm_clocks_mhz} MHz are not all among the card's supported clocks"
+            raise ConfigError(msg)
+        if tuple(tables.tp_degrees.tolist()) != limits.tp_degrees:
+            msg = f"the physics is of TP degrees {tables.tp_degrees.tolist()}, the limits say {limits.tp_degrees}"
+            raise ConfigError(msg)
+        if limits.batch_caps[0] >= tables.decode_memory_s.shape[1]:
+            msg = f"the physics covers batches up to {tables.decode_memory_s.shape[1] - 1}, the cap is {limits.batch_caps[0]}"
+            raise ConfigError(msg)
+        if limits.batch_caps[0] > tables.max_num_batched_tokens:
+            msg = "the batch cap must not exceed max_num_batched_tokens"
+            raise ConfigError(msg)
+        self._caps = np.array(limits.batch_caps, dtype=np.int64)
+        self._requests = layout.allocate_requests(n, capacity)
+        self._engines = layout.allocate_engines(n, limits.batch_caps[0])
+        self._batch = layout.allocate_batch(n)
+        self._physics = layout.allocate_physics(n, tables)
+        self._rows = np.zeros((n, len(WINDOW_FIELDS)))
+        self._lengths = np.zeros(n, dtype=np.int64)
+
+    def load(
+        self,
+        i: int,
+        trace: Trace,
+        tables: PhysicsTables,
+        service_level: ServiceLevel,
+        start: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """Begin simulation ``i`` anew at axis indices ``start``, empty, at time 0."""
+        count = len(trace)
+        if count > self._capacity:
+            self._grow(max(count, 2 * self._capacity))
+        requests = self._requests
+        requests.arrival[i, :count] = np.floor(trace.arrival_s * layout.PS_PER_S + 0.5)
+        requests.prompt[i, :count] = trace.prompt_tokens
+        requests.output[i, :count] = trace.output_tokens
+        requests.hit[i, :count] = trace.prefix_hit_tokens
+        self._lengths[i] = count
+        layout.store_physics(self._physics, i, tables)
+        clock, cap, tp = start
+        kernel.reset_one(
+            requests,
+            self._engines,
+            self._batch,
+            self._physics,
+            i,
+            count,
+            self._grid_index[clock],
+            self._caps[cap],
+            tp,
+            round(service_level.ttft_s * layout.PS_PER_S),
+            round(service_level.tpot_s * layout.PS_PER_S),
+        )
+
+    def _grow(self, capacity: int) -> None:
+        grown = layout.allocate_requests(self.n, capacity)
+        for new, old in zip(grown, self._requests, strict=True):
+            new[:, : self._capacity] = old
+        self._requests = grown
+        self._capacity = capacity
+
+    def advance(self, index: NDArray[np.int64], *, jump: bool = True) -> NDArray[np.float64]:
+        """Hold axis indices ``index`` of shape (N, 3) for one interval.
+
+        Returns the N window rows (:class:`rlgov.records.Column`); the array is overwritten by the next
+        call. ``jump=False`` runs every iteration by itself, for benchmarks and tests.
+        """
+        kernel.advance_all(
+            self._requests,
+            self._engines,
+            self._batch,
+            self._physics,
+            self._grid_index[index[:, 0]],
+            self._caps[index[:, 1]],
+            np.ascontiguousarray(index[:, 2]),
+            self._interval_ps,
+            self._rows,
+            jump,
+        )
+        return self._rows
+
+    def advance_only(self, i: int, index: tuple[int, int, int], *, jump: bool = True) -> NDArray[np.float64]:
+        """:meth:`advance` for simulation ``i`` alone; returns its row."""
+        row: NDArray[np.float64] = self._rows[i]
+        kernel.advance_one(
+            self._requests,
+            self._engines,
+            self._batch,
+            self._physics,
+            i,
+            self._grid_index[index[0]],
+            self._caps[index[1]],
+            index[2],
+            self._interval_ps,
+            row,
+            jump,
+        )
+        return row
+
+    @property
+    def now_s(self) -> NDArray[np.float64]:
+        """Time of each simulation, shape (N,)."""
+        return self._batch.ints[:, layout.S_NOW] / layout.PS_PER_S
+
+    @property
+    def unfinished(self) -> NDArray[np.int64]:
+        """Requests, arrived or to come, that are not served or refused yet, shape (N,)."""
+        ints = self._batch.ints
+        return self._lengths - ints[:, layout.S_SERVED] - ints[:, layout.S_REJECTED]
+
+    @property
+    def iterations(self) -> NDArray[np.int64]:
+        """Iterations completed since the start, shape (N,)."""
+        return self._batch.ints[:, layout.S_ITERATIONS].copy()
+
+    @property
+    def tp_switches(self) -> NDArray[np.int64]:
+        """TP switches begun since the start, shape (N,)."""
+        return self._batch.ints[:, layout.S_SWITCHES].copy()
+
+    def times_ps(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Exact first-token and finish times of simulation ``i``, -1 where there is none."""
+        n = int(self._lengths[i])
+        return self._requests.first[i, :n].copy(), self._requests.finish[i, :n].copy()
+
+    def request_log(self, i: int) -> RequestLog:
+        """What became of each request of simulation ``i`` so far."""
+        n = int(self._lengths[i])
+        requests = self._requests
+
+        def seconds(ps: NDArray[np.int64]) -> NDArray[np.float64]:
+            return np.where(ps < 0, np.nan, ps / layout.PS_PER_S)
+
+        return RequestLog(
+            requests.arrival[i, :n] / layout.PS_PER_S,
+            seconds(requests.first[i, :n]),
+            seconds(requests.finish[i, :n]),
+            requests.prompt[i, :n].copy(),
+            requests.output[i, :n].copy(),
+            requests.missed[i, :n].astype(np.bool_),
+            requests.state[i, :n] == layout.REJECTED,
+        )

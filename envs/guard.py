@@ -103,11 +103,13 @@ class GuardLike(Protocol):
         ...
 
 
-# Any of these missing or non-finite makes a window unusable, that is blind.
+# Any of these missing, negative or absurd makes a window unusable, that is blind.
 _REQUIRED = np.array(
     [Column[name.upper()] for name in WINDOW_FIELDS if not name.startswith(("ttft_", "tpot_", "itl_"))],
     dtype=np.intp,
 )
+_TOLERANCE = 1e-6
+_ABSURD = 1e15
 _SLACK_S = 1e-9  # dwell times are sums of interval lengths: absorbs their rounding
 
 
@@ -237,22 +239,17 @@ class Guard:
         return applied, reasons
 
     def _commit(self, state: _Assessment, applied: NDArray[np.int64]) -> None:
-        # A decision takes effect now and holds for one interval, which is why the clocks below start
-        # at 0 and grow by the length of the *next* window when that is assessed.
-        self._since_switch_s = np.where(
-            (applied[:, TP] != state.current[:, TP]) | state.switching, 0.0, self._elapsed(self._since_switch_s, state)
-        )
-        self._since_cap_s = np.where(
-            applied[:, CAP] != state.current[:, CAP], 0.0, self._elapsed(self._since_cap_s, state)
-        )
+        # A decision takes effect now and holds for one interval, which is why times since a change
+        # start at 0 and grow by the length of the *next* window when that is assessed.
+        switched = (applied[:, TP] != state.current[:, TP]) | state.switching
+        self._since_switch_s += state.duration_s
+        self._since_switch_s[switched] = 0.0
+        self._since_cap_s += state.duration_s
+        self._since_cap_s[applied[:, CAP] != state.current[:, CAP]] = 0.0
         hold_left_s = np.maximum(self._hold_left_s - state.duration_s, 0.0)
         self._hold_left_s = np.where(state.triggered, self.settings.hold_s, hold_left_s)
         self._average = state.average
         self._tp_index = applied[:, TP].copy()
-
-    @staticmethod
-    def _elapsed(since_s: NDArray[np.float64], state: _Assessment) -> NDArray[np.float64]:
-        return since_s + state.duration_s
 
     def _assess(self, rows: NDArray[np.float64]) -> _Assessment:
         # mask() and apply() see the same rows; the second call reuses the first one's work.
@@ -264,8 +261,11 @@ class Guard:
             raise ConfigError(msg)
         settings = self.settings
         blind = rows[:, Column.BLIND] != 0.0
-        blind |= ~np.isfinite(rows.take(_REQUIRED, axis=1)).all(axis=1)
+        required = rows.take(_REQUIRED, axis=1)
+        blind |= ~((required > -_TOLERANCE) & (required < _ABSURD)).all(axis=1)
         seen = ~blind
+        if blind.any():
+            rows = np.where(blind[:, None], 0.0, rows)
         duration_s = np.where(seen, rows[:, Column.DURATION_S], self.table.limits.interval_s)
         current = self.table.in_force(rows)
         switching = (rows[:, Column.SWITCHING] > 0.0) & seen

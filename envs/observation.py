@@ -163,6 +163,7 @@ _AVERAGED = len(_AVERAGES) // len(AVERAGE_TAUS_S)
 _L = len(_LOGS)
 _Q = len(_RATIOS)
 _MIN_DURATION_S = 1e-6
+_ABSURD = 1e15  # infinities come down to this before they can meet each other
 
 
 class ObservationEncoder:
@@ -241,8 +242,8 @@ class ObservationEncoder:
         raw = self._raw
         np.take(rows, _GATHERED, axis=1, out=raw, mode="clip")
         np.fmax(raw, 0.0, out=raw)  # NaN and negative numbers become 0; "none" has its own flags
-        duration_s = np.fmax(rows[:, Column.DURATION_S], _MIN_DURATION_S)
-        duration_s = np.minimum(duration_s, np.finfo(np.float64).max)
+        np.minimum(raw, _ABSURD, out=raw)
+        duration_s = np.minimum(np.fmax(rows[:, Column.DURATION_S], _MIN_DURATION_S), _ABSURD)
 
         self._update_averages(duration_s, ~blind if some_blind else None)
         np.copyto(self._x_averages, self._average[:, :, :_AVERAGED])
@@ -257,7 +258,7 @@ class ObservationEncoder:
 
         divisors = self._divisors
         divisors[:, _TTFT : _TPOT + 1] = service_levels
-        np.fmax(rows[:, Column.BATCH_CAP], 1.0, out=divisors[:, _CAP])
+        np.fmax(raw[:, _R + _C - 1], 1.0, out=divisors[:, _CAP])
         np.multiply(duration_s, self._full_power_w, out=divisors[:, _POWER])
         np.divide(self._raw_ratios, divisors.take(self._divisor_of, axis=1), out=self._x_ratios)
         np.isnan(rows.take(self._none_columns, axis=1), out=self._x_none)

@@ -90,7 +90,9 @@ class Evaluation:
         }
 
 
-def run_episodes(model: Ppo, env: VecEnv, seed: int, observe: Callable[[Any], None] | None = None) -> list[dict[str, Any]]:
+def run_episodes(
+    model: Ppo, env: VecEnv, seed: int, observe: Callable[[Any], None] | None = None
+) -> list[dict[str, Any]]:
     """One deterministic episode in every environment; the ``episode`` info of each, in order.
 
     Stable-Baselines3 starts finished environments anew: what follows an environment's first episode is
@@ -141,7 +143,10 @@ class EvaluationLog:
         with np.load(self._path) as data:
             for i, steps in enumerate(data["timesteps"]):
                 if steps <= until_steps:
-                    row = (data[k][i] for k in ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale"))
+                    row = (
+                        data[k][i]
+                        for k in ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale")
+                    )
                     self._evaluations.append(Evaluation(int(steps), *row))
 
     def __contains__(self, steps: int) -> bool:
@@ -184,7 +189,8 @@ class Milestones:
     def of(cls, config: TrainConfig) -> Milestones:
         """Both periods in whole rollouts."""
         return cls(
-            config.whole_rollouts(config.evaluation.every_steps), config.whole_rollouts(config.checkpoint_steps)
+            config.whole_rollouts(config.evaluation.every_steps),
+            config.whole_rollouts(config.checkpoint_steps),
         )
 
     def evaluation_due(self, steps: int) -> bool:
@@ -417,20 +423,23 @@ class ProgressCallback(BaseCallback):
 
     LINES = 20
 
-    def __init__(self, total_steps: int, state: RunState, say: Callable[[str], None], *, terminal: bool) -> None:
+    def __init__(
+        self, total_steps: int, state: RunState, say: Callable[[str], None], *, terminal: bool
+    ) -> None:
         super().__init__()
         self._total_steps = total_steps
         self._state = state
         self._say = say
         self._terminal = terminal
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._lines_said = 0
 
     def _on_training_start(self) -> None:
         self._lines_said = self.LINES * self.model.num_timesteps // self._total_steps
         if self._terminal:
+            done = self.model.num_timesteps
             self._bar = tqdm(
-                total=self._total_steps, initial=self.model.num_timesteps, unit="step", unit_scale=True, desc="train"
+                total=self._total_steps, initial=done, unit="step", unit_scale=True, desc="train"
             )
 
     def _on_step(self) -> bool:

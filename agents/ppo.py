@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -64,10 +64,11 @@ def _favour_fastest(model: Ppo, fastest_bias: tuple[float, ...]) -> None:
     if not isinstance(space, spaces.MultiDiscrete) or len(space.nvec) != len(fastest_bias):
         msg = f"the action space must be MultiDiscrete with {len(fastest_bias)} axes, got {space}"
         raise ConfigError(msg)
+    layer = cast("torch.nn.Linear", model.policy.action_net)
     firsts = np.concatenate([[0], np.cumsum(space.nvec)[:-1]])
     with torch.no_grad():
         for first, bias in zip(firsts, fastest_bias, strict=True):
-            model.policy.action_net.bias[int(first)] += bias
+            layer.bias[int(first)] += bias
 
 
 def predict(model: Ppo, observations: NDArray[np.float32], env: VecEnv) -> NDArray[np.int64]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -45,6 +44,7 @@ from rlgov.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import matplotlib.figure
     from numpy.typing import NDArray
@@ -62,7 +62,9 @@ RESUMABLE = {"out", "resume", "total_steps", "keep_checkpoints"}
 class EnvironmentMaker(Protocol):
     """Makes the vectorised environment of training (``validation`` False) or of evaluation."""
 
-    def __call__(self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool) -> VecEnv:
+    def __call__(
+        self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
+    ) -> VecEnv:
         """``count`` simulations over the fit span or the validation span, under these SLO scales."""
         ...
 
@@ -70,7 +72,9 @@ class EnvironmentMaker(Protocol):
 class BundleWriter(Protocol):
     """Exports a trained model; ``observations`` (n, features) are what it saw in training."""
 
-    def __call__(self, model: Ppo, observations: NDArray[np.float32], config: TrainConfig, path: Path) -> None:
+    def __call__(
+        self, model: Ppo, observations: NDArray[np.float32], config: TrainConfig, path: Path
+    ) -> None:
         """Write the bundle to ``path``."""
         ...
 
@@ -105,7 +109,7 @@ def say_on_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
-def train(  # noqa: PLR0913  # the seams to the parts that training only calls
+def train(
     config: TrainConfig,
     *,
     make_environment: EnvironmentMaker | None = None,
@@ -168,7 +172,7 @@ def train(  # noqa: PLR0913  # the seams to the parts that training only calls
         boundary.checkpoint()
         bundle = None
         if state.interrupted:
-            say(f"stopped after {model.num_timesteps:,} steps; continue with resume (--resume) in {config.out}")
+            say(f"stopped after {model.num_timesteps:,} steps; continue with --resume in {config.out}")
         else:
             bundle = config.out / BUNDLE_NAME
             model.set_parameters(str(config.out / "best_model.zip"), device="cpu")
@@ -199,7 +203,8 @@ def _prepare_folder(config: TrainConfig, command: str) -> None:
         before, now = load_config(recorded).model_dump(), config.model_dump()
         changed = sorted(k for k in now if k not in RESUMABLE and before[k] != now[k])
         if changed:
-            msg = f"{recorded} differs in {', '.join(changed)}; resume with the run's own settings or start another run"
+            what = ", ".join(changed)
+            msg = f"{recorded} differs in {what}; resume with the same settings or start another run"
             raise ConfigError(msg)
     elif recorded.exists():
         msg = f"{config.out} already holds a run; give another folder, or resume it"

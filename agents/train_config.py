@@ -5,7 +5,7 @@ Kept apart from :mod:`rlgov.agents.train` so that the command line can read it w
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003  # pydantic resolves the annotation at run time
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -71,7 +71,7 @@ class LagrangianSettings(_Settings):
     miss_weight_bounds: tuple[PositiveFloat, PositiveFloat] = (2.0, 200.0)
     """The multiplier stays inside."""
     integral_gain: NonNegative = 0.05
-    """Step of ln(miss weight) per rollout and unit of relative error (misses over allowed misses, minus 1)."""
+    """Step of ln(miss weight) per rollout and unit of relative error (misses / allowed misses - 1)."""
     proportional_gain: NonNegative = 0.1
     """Immediate part of the response, against overshoot."""
     error_bounds: tuple[float, float] = (-1.0, 3.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import yaml
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3.common.results_plotter import load_results
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
 from rlgov.agents.callbacks import Evaluation, StopRequest, leg_seed
@@ -54,13 +54,15 @@ class ToyVecEnv(VecEnv):
         super().__init__(
             count,
             spaces.Box(-1.0, 1.0, (FEATURES,), np.float32),
-            spaces.MultiDiscrete(LIMITS.axis_sizes),
+            spaces.MultiDiscrete(list(LIMITS.axis_sizes)),
         )
         self.limits = LIMITS
         self.miss_weight = 1.0
         self.on_step: Callable[[], None] = lambda: None
         self._rng = np.random.default_rng(0)
-        self._totals = dict.fromkeys(("arrivals", "misses", "energy_j", "reference_energy_j", "reason_policy"), 0.0)
+        self._totals = dict.fromkeys(
+            ("arrivals", "misses", "energy_j", "reference_energy_j", "reason_policy"), 0.0
+        )
         self._step = 0
 
     def reset(self) -> NDArray[np.float32]:
@@ -79,14 +81,22 @@ class ToyVecEnv(VecEnv):
     def step_async(self, actions: NDArray[np.int64]) -> None:
         self._actions = actions
 
-    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
         self.on_step()
         clock = self._actions[:, 0]
         misses = (clock > self._load).astype(np.float64)
         energy_j = 100.0 - 30.0 * clock
         reward = -energy_j / 100.0 - self.miss_weight * misses
         self._sums += np.stack([reward, misses, energy_j])
-        for name, value in (("arrivals", 1.0), ("misses", misses), ("energy_j", energy_j), ("reference_energy_j", 100.0), ("reason_policy", 1.0)):
+        for name, value in (
+            ("arrivals", 1.0),
+            ("misses", misses),
+            ("energy_j", energy_j),
+            ("reference_energy_j", 100.0),
+            ("reason_policy", 1.0),
+        ):
             self._totals[name] += float(np.sum(np.broadcast_to(value, misses.shape)))
         self._step += 1
         done = self._step == EPISODE_STEPS
@@ -98,9 +108,12 @@ class ToyVecEnv(VecEnv):
                 info["terminal_observation"] = observations[i]
                 info["TimeLimit.truncated"] = True
                 info["episode"] = {
-                    "r": float(total), "l": EPISODE_STEPS, "t": 0.0,
-                    "attainment": 1.0 - missed / EPISODE_STEPS, "energy_ratio": spent_j / (100.0 * EPISODE_STEPS),
-                }  # fmt: skip
+                    "r": float(total),
+                    "l": EPISODE_STEPS,
+                    "t": 0.0,
+                    "attainment": 1.0 - missed / EPISODE_STEPS,
+                    "energy_ratio": spent_j / (100.0 * EPISODE_STEPS),
+                }
             observations = self.reset()
         return observations, reward, np.full(self.num_envs, done), infos
 
@@ -135,39 +148,54 @@ class Toy:
     on_step: Callable[[], None] = lambda: None
     bundled: NDArray[np.float32] | None = None
 
-    def make_environment(self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool) -> VecEnv:  # noqa: ARG002
+    def make_environment(
+        self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
+    ) -> VecEnv:
+        del config, slo_scales
         env = ToyVecEnv(count)
         if not validation:
             env.on_step = self.on_step
         return env
 
-    def write_bundle(self, model: Any, observations: NDArray[np.float32], config: TrainConfig, path: Path) -> None:  # noqa: ARG002
+    def write_bundle(
+        self, model: Any, observations: NDArray[np.float32], config: TrainConfig, path: Path
+    ) -> None:
+        del model, config
         self.bundled = observations
         path.write_bytes(b"bundle")
 
 
 def tiny(out: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "out": out, "environments": 4, "total_steps": 128 * 6, "checkpoint_steps": 128 * 2, "slo_scales": (1.0,),
+        "out": out,
+        "environments": 4,
+        "total_steps": 128 * 6,
+        "checkpoint_steps": 128 * 2,
+        "slo_scales": (1.0,),
         "ppo": PpoSettings(rollout_steps=32, batch_size=64, epochs=2, hidden=(8,), learning_rate=0.01),
         "evaluation": EvaluationSettings(every_steps=128 * 2, episodes=2),
-    }  # fmt: skip
+    }
     return TrainConfig(**(values | changes))
 
 
 def run(config: TrainConfig, toy: Toy | None = None) -> Any:
     toy = toy or Toy()
     return train(
-        config, make_environment=toy.make_environment, write_bundle=toy.write_bundle,
-        say=lambda _: None, terminal=False, command="train",
-    )  # fmt: skip
+        config,
+        make_environment=toy.make_environment,
+        write_bundle=toy.write_bundle,
+        say=lambda _: None,
+        terminal=False,
+        command="train",
+    )
 
 
 def weights(folder: Path, name: str) -> dict[str, NDArray[np.float32]]:
-    from stable_baselines3.common.save_util import load_from_zip_file  # noqa: PLC0415
+    from stable_baselines3.common.save_util import load_from_zip_file
 
     _, parameters, _ = load_from_zip_file(str(folder / name), load_data=False)
-    return {k: v.numpy() for k, v in parameters["policy"].items()}
+    state = cast("dict[str, Any]", parameters["policy"])
+    return {k: v.numpy() for k, v in state.items()}
 
 
 def assert_equal_weights(one: Path, other: Path, name: str) -> None:
@@ -207,7 +235,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_last_whole_rollout_and_the_run_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_the_last_whole_rollout_and_the_run_can_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     calls = 0
 
     def interrupt_in_fourth_rollout() -> None:
@@ -239,7 +269,16 @@ def test_the_run_folder_is_complete(tmp_path: Path) -> None:
     toy = Toy()
     result = run(tiny(tmp_path), toy)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"best_model.zip", "evaluations.npz", "0.monitor.csv", "config.yml", "args.yml", "command.txt", "checkpoints", "policy.safetensors"} <= names
+    assert {
+        "best_model.zip",
+        "evaluations.npz",
+        "0.monitor.csv",
+        "config.yml",
+        "args.yml",
+        "command.txt",
+        "checkpoints",
+        "policy.safetensors",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(path.suffix == ".part" for path in tmp_path.rglob("*"))
     assert load_config(tmp_path / "config.yml") == tiny(tmp_path)
@@ -252,26 +291,39 @@ def test_the_run_folder_is_complete(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_figures_of_merit_and_distributions(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(tiny(tmp_path))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    assert {"serving/attainment", "serving/energy_ratio", "constraint/miss_weight", "guard/policy_share", "eval/saving", "episode/attainment"} <= set(tags["scalars"])
+    assert {
+        "serving/attainment",
+        "serving/energy_ratio",
+        "constraint/miss_weight",
+        "guard/policy_share",
+        "eval/saving",
+        "episode/attainment",
+    } <= set(tags["scalars"])
     assert {"asked/sm_clock_mhz", "asked/batch_cap", "asked/tp_degree"} <= set(tags["histograms"])
 
 
 def test_training_learns_the_toy(tmp_path: Path) -> None:
     config = tiny(
-        tmp_path, total_steps=128 * 80, checkpoint_steps=128 * 80,
-        ppo=PpoSettings(rollout_steps=32, batch_size=32, epochs=4, hidden=(16,), learning_rate=0.01, gamma=0.5),
+        tmp_path,
+        total_steps=128 * 80,
+        checkpoint_steps=128 * 80,
+        ppo=PpoSettings(
+            rollout_steps=32, batch_size=32, epochs=4, hidden=(16,), learning_rate=0.01, gamma=0.5
+        ),
         lagrangian=LagrangianSettings(kind="fixed", miss_weight=5.0),
         evaluation=EvaluationSettings(every_steps=128 * 10, episodes=8),
-    )  # fmt: skip
+    )
     result = run(config)
     assert result.best["worst_attainment"] >= 0.95
-    assert result.best["saving"] > 0.2  # the optimum saves 0.3, serving every load at the fastest clock nothing
+    assert (
+        result.best["saving"] > 0.2
+    )  # the optimum saves 0.3, serving every load at the fastest clock nothing
 
 
 def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -295,7 +347,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 def evaluation(attainment: list[float], energy_ratio: float) -> Evaluation:
     n = len(attainment)
     return Evaluation(
-        0, np.zeros(n), np.ones(n, dtype=np.int64), np.array(attainment), np.full(n, energy_ratio), np.arange(n, dtype=float)
+        0,
+        np.zeros(n),
+        np.ones(n, dtype=np.int64),
+        np.array(attainment),
+        np.full(n, energy_ratio),
+        np.arange(n, dtype=float),
     )
 
 
@@ -309,7 +366,9 @@ def test_the_best_model_holds_the_target_at_every_slo_scale() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1)), min_size=1, max_size=40))
-def test_the_multiplier_stays_in_bounds_and_survives_a_checkpoint(rollouts: list[tuple[float, float]]) -> None:
+def test_the_multiplier_stays_in_bounds_and_survives_a_checkpoint(
+    rollouts: list[tuple[float, float]],
+) -> None:
     settings = LagrangianSettings()
     multiplier = LagrangeMultiplier(settings)
     for arrivals, miss_share in rollouts:

@@ -406,3 +406,18 @@ def test_restarts_differ_by_seed_and_step() -> None:
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, **changes)
+
+
+def test_progress_is_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    toy, lines = Toy(), list[str]()
+    train(
+        tiny(tmp_path),
+        make_environment=toy.make_environment,
+        write_bundle=toy.write_bundle,
+        say=lines.append,
+        terminal=False,
+        command="train",
+    )
+    assert len(lines) == 6
+    assert lines[-1].startswith("768 of 768 steps  attainment ")
+    assert "best: saves" in lines[-1]

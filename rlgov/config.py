@@ -1,0 +1,231 @@
+"""What a person may set, in typed records: a docstring a field, unknown names refused.
+
+The command line is derived from these records, and one YAML file can hold a section a command::
+
+    train:
+      profile: h100-qwen3-8b
+      total_steps: 500_000
+    replay:
+      rate_scale: 2.0
+
+A flag wins over an environment variable (``RLGOV_TRAIN_TOTAL_STEPS``), that one over the file, and the
+file over the default. Settings of training are in :mod:`rlgov.agents.train_config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from rlgov.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pydantic import ValidationError
+
+DEFAULT_PROFILE = "h100-qwen3-32b"
+DEFAULT_TRACE = "synthetic:conversation"
+DEFAULT_BASELINES = ("fastest", "best-static", "ecofreq", "kv-threshold", "two-level")
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of every record of settings: immutable, and closed to names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DemoSettings(Settings):
+    """A small run of everything: train, replay against the baselines, plots."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the results; an earlier demo in it is replaced."""
+    profile: str = DEFAULT_PROFILE
+    """Profile name or path of a profile file."""
+    seed: int = 0
+    """Fixes the traffic and the training."""
+
+
+class ReplaySettings(Settings):
+    """One trace slice through a list of policies on a simulated deployment."""
+
+    trace: str = DEFAULT_TRACE
+    """Trace file, or ``synthetic:NAME`` for generated traffic (conversation, code, day)."""
+    policy: tuple[str, ...] = DEFAULT_BASELINES
+    """Policies: baseline names, ``static:CLOCK/CAP/TP``, tuned settings (.json) or bundles
+    (.safetensors). The fastest and the best static setting always take part."""
+    profile: str = DEFAULT_PROFILE
+    """Profile name or path of a profile file."""
+    out: Path = Path("runs/replay")
+    """Folder for replay.json, the CSV files and the plots."""
+    from_s: NonNegativeFloat = 0.0
+    """Where the counted slice starts, in seconds of the trace's own time."""
+    to_s: PositiveFloat | None = None
+    """Where the slice ends; the end of the trace if not given."""
+    rate_scale: PositiveFloat = 1.0
+    """Arrivals come this much faster than recorded."""
+    slo_scale: PositiveFloat = 1.0
+    """Multiple of the profile's latency limits: 0.6 is the 3x rule, 2 the 10x rule."""
+    target_attainment: Fraction = 0.99
+    """Share of requests within both limits that a setting needs to count as the best static one."""
+    seeds: PositiveInt = 1
+    """Draws of the profile's uncertain parameters; seed 0 is the nominal profile."""
+    workers: PositiveInt = 1
+    """Processes to share the work; the result is the same with any number."""
+    journal: Path | None = None
+    """A recorded run: audit each of its decisions instead of replaying a trace."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.to_s is not None and self.to_s <= self.from_s:
+            msg = f"to_s {self.to_s:g} does not lie after from_s {self.from_s:g}; give a later end"
+            raise ValueError(msg)
+        return self
+
+
+class TuneSettings(Settings):
+    """Fit the knobs of a control rule on the training span of a trace, with a fixed effort."""
+
+    family: str
+    """Which rule: see ``rlgov tune --help``."""
+    trace: str = DEFAULT_TRACE
+    """Trace file, or ``synthetic:NAME`` for generated traffic."""
+    profile: str = DEFAULT_PROFILE
+    """Profile name or path of a profile file."""
+    out: Path = Path("runs/tuned")
+    """Folder for FAMILY.json, which ``rlgov replay --policy`` reads."""
+    train_fraction: Fraction = 0.7
+    """Leading share of the trace used for tuning; the rest is the test span and is not read."""
+    rate_scale: PositiveFloat = 1.0
+    """Arrivals come this much faster than recorded."""
+    slo_scale: PositiveFloat = 1.0
+    """Multiple of the profile's latency limits."""
+    target_attainment: Fraction = 0.99
+    """Share of requests that must be within both limits."""
+    budget: PositiveInt = 64
+    """Evaluations; the same number makes families comparable."""
+    seed: int = 0
+    """Fixes the search."""
+
+
+class ExportSettings(Settings):
+    """Turn a trained model into a bundle: weights without pickle, with everything needed to run them."""
+
+    run: Path
+    """Run folder of ``rlgov train``."""
+    out: Path | None = None
+    """File to write; ``policy.safetensors`` in the run folder if not given."""
+    model: Literal["best", "last"] = "best"
+    """The best evaluated model, or the newest checkpoint."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest known one, or all of them.
+
+    Args:
+        name: What was given.
+        known: The names that would have been right.
+
+    Returns:
+        A clause to append to an error message.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def read_config_file(path: Path, sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """The sections of a configuration file, names checked; values are checked when a command takes them.
+
+    Args:
+        path: A YAML file.
+        sections: For each section its record of settings.
+
+    Returns:
+        What the file holds, section by section.
+
+    Raises:
+        ConfigError: The file cannot be read, is no mapping of sections, or holds an unknown name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise ConfigError(f"{path}: cannot be read ({reason}); name a YAML file with --config") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML ({error.problem}); correct that line") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error}); correct the file") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must map sections to settings, such as 'train:' with indented lines below")
+    for section, values in content.items():
+        if section not in sections:
+            raise ConfigError(f"{path}: unknown section {section!r}; {nearest(str(section), sections)}")
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: section {section!r} must map names to values, not be {values!r}")
+        _refuse_unknown(path, str(section), values, sections[section])
+    return {section: values for section, values in content.items() if values}
+
+
+def _refuse_unknown(path: Path, prefix: str, values: Mapping[Any, Any], model: type[BaseModel]) -> None:
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            raise ConfigError(f"{path}: unknown name {prefix}.{name}; {nearest(str(name), model.model_fields)}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {prefix}.{name} must map names to values, not be {value!r}")
+            _refuse_unknown(path, f"{prefix}.{name}", value, field.annotation)
+
+
+def check_environment(
+    environment: Mapping[str, str], sections: Mapping[str, type[BaseModel]], prefix: str = "RLGOV_"
+) -> None:
+    """Refuse ``RLGOV_SECTION_...`` variables that no setting answers to.
+
+    Other variables that merely start with ``RLGOV_`` are left alone: Kubernetes makes some for every
+    service it knows.
+
+    Raises:
+        ConfigError: A variable of a known section names no setting.
+    """
+    for section, model in sections.items():
+        start = f"{prefix}{section.upper()}_"
+        known = {start + name.upper().replace(".", "_") for name in _paths(model)}
+        for variable in sorted(environment):
+            if variable.startswith(start) and variable not in known:
+                raise ConfigError(f"environment variable {variable} names no setting; {nearest(variable, known)}")
+
+
+def _paths(model: type[BaseModel]) -> list[str]:
+    paths = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths += [f"{name}.{below}" for below in _paths(field.annotation)]
+        else:
+            paths.append(name)
+    return paths
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line: each field, what is wrong with it, and what was given."""
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        what = item["msg"].removeprefix("Value error, ")
+        what = what[0].lower() + what[1:]
+        parts.append(f"{where}: {what}, not {item['input']!r}" if where else what)
+    return "; ".join(parts)

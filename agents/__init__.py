@@ -1,0 +1,1 @@
+"""Who decides: policies, baselines, bundles, training and evaluation (imports as ``rlgov.agents``)."""

@@ -1,1 +1,1 @@
-"""Control rules to compare learned policies with."""
+"""Baselines as first-class policies: static settings and the control rules others have published."""

@@ -75,9 +75,7 @@ class SimulationBatch:
             msg = "the batch cap must not exceed max_num_batched_tokens"
             raise ConfigError(msg)
         self._caps = np.array(limits.batch_caps, dtype=np.int64)
-        self._requests = layout.allocate_requests(n, capacity)
-        self._engines = layout.allocate_engines(n, limits.batch_caps[0])
-        self._batch = layout.allocate_batch(n)
+        self._batch = layout.allocate_batch(n, capacity, limits.batch_caps[0])
         self._physics = layout.allocate_physics(n, tables)
         self._rows = np.zeros((n, len(WINDOW_FIELDS)))
         self._lengths = np.zeros(n, dtype=np.int64)
@@ -94,17 +92,16 @@ class SimulationBatch:
         count = len(trace)
         if count > self._capacity:
             self._grow(max(count, 2 * self._capacity))
-        requests = self._requests
-        requests.arrival[i, :count] = np.floor(trace.arrival_s * layout.PS_PER_S + 0.5)
-        requests.prompt[i, :count] = trace.prompt_tokens
-        requests.output[i, :count] = trace.output_tokens
-        requests.hit[i, :count] = trace.prefix_hit_tokens
+        requests = self._batch.requests[i]
+        requests[:count, layout.R_ARRIVAL] = np.floor(trace.arrival_s * layout.PS_PER_S + 0.5)
+        requests[:count, layout.R_PROMPT] = trace.prompt_tokens
+        requests[:count, layout.R_OUTPUT] = trace.output_tokens
+        requests[:count, layout.R_HIT] = trace.prefix_hit_tokens
         self._lengths[i] = count
         layout.store_physics(self._physics, i, tables)
+        layout.store_constants(self._batch, i, tables)
         clock, cap, tp = start
         kernel.reset_one(
-            requests,
-            self._engines,
             self._batch,
             self._physics,
             i,
@@ -118,9 +115,8 @@ class SimulationBatch:
 
     def _grow(self, capacity: int) -> None:
         grown = layout.allocate_requests(self.n, capacity)
-        for new, old in zip(grown, self._requests, strict=True):
-            new[:, : self._capacity] = old
-        self._requests = grown
+        grown[:, : self._capacity] = self._batch.requests
+        self._batch = self._batch._replace(requests=grown)
         self._capacity = capacity
 
     def advance(self, index: NDArray[np.int64], *, jump: bool = True) -> NDArray[np.float64]:
@@ -130,8 +126,6 @@ class SimulationBatch:
         call. ``jump=False`` runs every iteration by itself, for benchmarks and tests.
         """
         kernel.advance_all(
-            self._requests,
-            self._engines,
             self._batch,
             self._physics,
             self._grid_index[index[:, 0]],
@@ -147,8 +141,6 @@ class SimulationBatch:
         """:meth:`advance` for simulation ``i`` alone; returns its row."""
         row: NDArray[np.float64] = self._rows[i]
         kernel.advance_one(
-            self._requests,
-            self._engines,
             self._batch,
             self._physics,
             i,
@@ -160,6 +152,25 @@ class SimulationBatch:
             jump,
         )
         return row
+
+    def advance_windows(self, i: int, index: NDArray[np.int64], *, jump: bool = True) -> NDArray[np.float64]:
+        """Play simulation ``i`` alone through ``index`` of shape (W, 3), one setting a window.
+
+        Returns the rows of shape (W, columns): a whole trace in one compiled call.
+        """
+        rows = np.zeros((index.shape[0], self._rows.shape[1]))
+        kernel.advance_windows(
+            self._batch,
+            self._physics,
+            i,
+            self._grid_index[index[:, 0]],
+            self._caps[index[:, 1]],
+            np.ascontiguousarray(index[:, 2]),
+            self._interval_ps,
+            rows,
+            jump,
+        )
+        return rows
 
     @property
     def now_s(self) -> NDArray[np.float64]:
@@ -185,22 +196,23 @@ class SimulationBatch:
     def times_ps(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Exact first-token and finish times of simulation ``i``, -1 where there is none."""
         n = int(self._lengths[i])
-        return self._requests.first[i, :n].copy(), self._requests.finish[i, :n].copy()
+        requests = self._batch.requests[i, :n]
+        return requests[:, layout.R_FIRST].copy(), requests[:, layout.R_FINISH].copy()
 
     def request_log(self, i: int) -> RequestLog:
         """What became of each request of simulation ``i`` so far."""
-        n = int(self._lengths[i])
-        requests = self._requests
+        requests = self._batch.requests[i, : int(self._lengths[i])]
 
-        def seconds(ps: NDArray[np.int64]) -> NDArray[np.float64]:
+        def seconds(column: int) -> NDArray[np.float64]:
+            ps = requests[:, column]
             return np.where(ps < 0, np.nan, ps / layout.PS_PER_S)
 
         return RequestLog(
-            requests.arrival[i, :n] / layout.PS_PER_S,
-            seconds(requests.first[i, :n]),
-            seconds(requests.finish[i, :n]),
-            requests.prompt[i, :n].copy(),
-            requests.output[i, :n].copy(),
-            requests.missed[i, :n].astype(np.bool_),
-            requests.state[i, :n] == layout.REJECTED,
+            seconds(layout.R_ARRIVAL),
+            seconds(layout.R_FIRST),
+            seconds(layout.R_FINISH),
+            requests[:, layout.R_PROMPT].copy(),
+            requests[:, layout.R_OUTPUT].copy(),
+            requests[:, layout.R_MISSED].astype(np.bool_),
+            requests[:, layout.R_STATE] == layout.REJECTED,
         )

@@ -22,9 +22,15 @@ from rlgov.simulation.layout import (
     BLOCK_TOKENS,
     DECODING,
     DRAINING,
+    D_COMM_S,
+    D_COMPUTE_J,
+    D_COMPUTE_S,
+    D_MEMORY_J,
+    D_MEMORY_S,
     E_CONTEXT,
     E_DECODING,
     E_END,
+    E_FLYING,
     E_FLY_CLOCK,
     E_FLY_CONTEXT,
     E_FLY_DECODES,
@@ -33,36 +39,65 @@ from rlgov.simulation.layout import (
     E_FLY_FULL,
     E_FLY_PAIRS,
     E_FLY_TOKENS,
-    E_FLYING,
     E_FREE,
     E_GONE,
     E_HEAD,
     E_HEAP,
+    E_ITEMS,
     E_ITERATION,
+    E_KEYS,
     E_NEXT,
     E_NOW,
     E_PARTIAL,
+    E_PHASES,
     E_PREEMPTED,
     E_READY,
     E_RUNNING,
+    E_STACK,
     E_START,
     E_STATUS,
     E_TAIL,
     E_TP,
+    FINISHED,
     F_BUSY_GPU_PS,
     F_CLOCK,
+    F_CLOCK_DELAY_S,
     F_ENERGY,
+    F_GPUS,
+    F_POWER,
     F_RUNNING,
+    F_TDP_W,
+    F_TOKENS,
     F_TOTAL_ENERGY,
-    FINISHED,
-    G_CLOCK_DELAY_S,
-    G_GPUS,
-    G_TDP_W,
-    G_TOKENS,
+    K_BUSY,
+    K_COMPUTE,
+    K_ENERGY,
+    K_IDLE,
+    K_MEMORY,
+    K_MEMORY_ENERGY,
+    K_MHZ,
     NEVER,
     OFF,
     PREFILLING,
+    Physics,
     REJECTED,
+    R_AFTER,
+    R_ARRIVAL,
+    R_BEFORE,
+    R_DONE,
+    R_FINISH,
+    R_FIRST,
+    R_GENERATED,
+    R_HIT,
+    R_JOINED,
+    R_MISSED,
+    R_OUTPUT,
+    R_PROMPT,
+    R_STATE,
+    R_TARGET,
+    SAMPLES,
+    SERVING,
+    STARTING,
     S_ACTIVE,
     S_ARRIVED,
     S_ASKED_CLOCK,
@@ -82,11 +117,9 @@ from rlgov.simulation.layout import (
     S_TOKENS_DUE,
     S_TPOT,
     S_TTFT,
-    SAMPLES,
-    SERVING,
-    STARTING,
     U_ATTENTION_J,
     U_ATTENTION_S,
+    U_BLOCKS,
     U_HOST_S,
     U_KV_COMPUTE_J,
     U_KV_COMPUTE_S,
@@ -99,12 +132,14 @@ from rlgov.simulation.layout import (
     U_PREFILL_MEMORY_S,
     U_STARTUP_S,
     U_STARTUP_W,
+    U_TP,
     U_WARMUP_S,
     U_WARMUP_W,
+    WAITING,
     W_ARRIVALS,
     W_BUSY,
-    W_DECODE_PS,
     W_DECODED,
+    W_DECODE_PS,
     W_MISSES,
     W_OUTPUT,
     W_PREEMPTIONS,
@@ -114,10 +149,10 @@ from rlgov.simulation.layout import (
     W_THROTTLED,
     W_TPOTS,
     W_TTFTS,
-    WAITING,
 )
 
 _PS = 1e12  # picoseconds in a second, as a float
+_PHASE = BLOCK_TOKENS - 1  # x & _PHASE is x modulo 16, also below 0
 _COLUMNS = tuple(int(c) for c in Column)
 (
     C_START,
@@ -163,44 +198,46 @@ def _ps(seconds):
 
 
 @njit(cache=True)
-def _time_and_energy(ph, i, j, k, decodes, context, tokens, pairs):
+def _time_and_energy(ph, j, k, decodes, context, tokens, pairs):
     """Picoseconds and joules of one iteration at grid clock k, TDP aside (rlgov.simulation.tables)."""
-    u = ph.unit[i, j]
-    ms = ph.memory_scale[i, k]
-    cs = ph.compute_scale[i, k]
-    es = ph.energy_scale[i, k]
-    work = _ps(ph.decode_memory_s[i, j, decodes] * ms + ph.decode_compute_s[i, j, decodes] * cs)
-    work += _ps(u[U_KV_MEMORY_S] * ms + u[U_KV_COMPUTE_S] * cs) * context
-    comm = _ps(ph.decode_comm_s[i, j, decodes])
-    energy = ph.decode_memory_j[i, j, decodes] + u[U_KV_MEMORY_J] * context
-    compute = ph.decode_compute_j[i, j, decodes] + u[U_KV_COMPUTE_J] * context
+    ms = ph.clock[k, K_MEMORY]
+    cs = ph.clock[k, K_COMPUTE]
+    work = _ps(ph.decode[j, D_MEMORY_S, decodes] * ms + ph.decode[j, D_COMPUTE_S, decodes] * cs)
+    work += _ps(ph.unit[j, U_KV_MEMORY_S] * ms + ph.unit[j, U_KV_COMPUTE_S] * cs) * context
+    comm = _ps(ph.decode[j, D_COMM_S, decodes])
+    memory = ph.decode[j, D_MEMORY_J, decodes] + ph.unit[j, U_KV_MEMORY_J] * context
+    compute = ph.decode[j, D_COMPUTE_J, decodes] + ph.unit[j, U_KV_COMPUTE_J] * context
     if tokens > 0:
-        work += _ps(u[U_PREFILL_MEMORY_S] * ms + u[U_PREFILL_COMPUTE_S] * cs) * tokens
-        work += _ps(u[U_ATTENTION_S] * cs * pairs)
-        comm += _ps(u[U_PREFILL_COMM_S]) * tokens
-        energy += u[U_PREFILL_MEMORY_J] * tokens
-        compute += u[U_PREFILL_COMPUTE_J] * tokens + u[U_ATTENTION_J] * pairs
-    duration = max(_ps(u[U_HOST_S]), work) + comm
-    energy += es * compute + ph.busy_w[i, j, k] * (duration / _PS)
+        work += _ps(ph.unit[j, U_PREFILL_MEMORY_S] * ms + ph.unit[j, U_PREFILL_COMPUTE_S] * cs) * tokens
+        work += _ps(ph.unit[j, U_ATTENTION_S] * cs * pairs)
+        comm += _ps(ph.unit[j, U_PREFILL_COMM_S]) * tokens
+        memory += ph.unit[j, U_PREFILL_MEMORY_J] * tokens
+        compute += ph.unit[j, U_PREFILL_COMPUTE_J] * tokens + ph.unit[j, U_ATTENTION_J] * pairs
+    duration = max(_ps(ph.unit[j, U_HOST_S]), work) + comm
+    energy = (
+        ph.clock[k, K_BUSY + j] * (duration / _PS)
+        + ph.clock[k, K_MEMORY_ENERGY] * memory
+        + ph.clock[k, K_ENERGY] * compute
+    )
     return duration, energy
 
 
 @njit(cache=True)
-def iteration(ph, i, j, k, decodes, context, tokens, pairs):
+def iteration(ph, fl, j, k, decodes, context, tokens, pairs):
     """Duration, energy and clock of one iteration: the highest grid clock up to k that TDP allows."""
-    limit_w = ph.whole[i, G_TDP_W] * ph.tp_degrees[j]
-    duration, energy = _time_and_energy(ph, i, j, k, decodes, context, tokens, pairs)
+    limit_w = fl[F_TDP_W] * ph.unit[j, U_TP]
+    duration, energy = _time_and_energy(ph, j, k, decodes, context, tokens, pairs)
     if energy <= limit_w * (duration / _PS) or k == 0:
         return duration, energy, k
     low, high = 0, k  # power fits at low (or nothing lower exists), not at high
     while high - low > 1:
         middle = (low + high) // 2
-        duration, energy = _time_and_energy(ph, i, j, middle, decodes, context, tokens, pairs)
+        duration, energy = _time_and_energy(ph, j, middle, decodes, context, tokens, pairs)
         if energy <= limit_w * (duration / _PS):
             low = middle
         else:
             high = middle
-    duration, energy = _time_and_energy(ph, i, j, low, decodes, context, tokens, pairs)
+    duration, energy = _time_and_energy(ph, j, low, decodes, context, tokens, pairs)
     return duration, energy, low
 
 
@@ -208,58 +245,58 @@ def iteration(ph, i, j, k, decodes, context, tokens, pairs):
 
 
 @njit(cache=True)
-def _heap_push(keys, items, size, key, item):
+def _heap_push(en, e, size, key, item):
     at = size
     while at > 0:
         parent = (at - 1) >> 1
-        if keys[parent] <= key:
+        if en[e, E_KEYS + 3 * parent] <= key:
             break
-        keys[at] = keys[parent]
-        items[at] = items[parent]
+        en[e, E_KEYS + 3 * at] = en[e, E_KEYS + 3 * parent]
+        en[e, E_ITEMS + 3 * at] = en[e, E_ITEMS + 3 * parent]
         at = parent
-    keys[at] = key
-    items[at] = item
+    en[e, E_KEYS + 3 * at] = key
+    en[e, E_ITEMS + 3 * at] = item
 
 
 @njit(cache=True)
-def _heap_sink(keys, items, size, at):
-    key = keys[at]
-    item = items[at]
+def _heap_sink(en, e, size, at):
+    key = en[e, E_KEYS + 3 * at]
+    item = en[e, E_ITEMS + 3 * at]
     while True:
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and keys[child + 1] < keys[child]:
+        if child + 1 < size and en[e, E_KEYS + 3 * child + 3] < en[e, E_KEYS + 3 * child]:
             child += 1
-        if keys[child] >= key:
+        if en[e, E_KEYS + 3 * child] >= key:
             break
-        keys[at] = keys[child]
-        items[at] = items[child]
+        en[e, E_KEYS + 3 * at] = en[e, E_KEYS + 3 * child]
+        en[e, E_ITEMS + 3 * at] = en[e, E_ITEMS + 3 * child]
         at = child
-    keys[at] = key
-    items[at] = item
+    en[e, E_KEYS + 3 * at] = key
+    en[e, E_ITEMS + 3 * at] = item
 
 
 @njit(cache=True)
-def _heap_pop(keys, items, size):
-    item = items[0]
-    keys[0] = keys[size - 1]
-    items[0] = items[size - 1]
-    _heap_sink(keys, items, size - 1, 0)
+def _heap_pop(en, e, size):
+    item = en[e, E_ITEMS]
+    en[e, E_KEYS] = en[e, E_KEYS + 3 * (size - 1)]
+    en[e, E_ITEMS] = en[e, E_ITEMS + 3 * (size - 1)]
+    _heap_sink(en, e, size - 1, 0)
     return item
 
 
 @njit(cache=True)
-def _heap_remove(keys, items, size, item):
+def _heap_remove(en, e, size, item):
     """Rare (preemption), so it searches and rebuilds."""
     for at in range(size):
-        if items[at] == item:
-            keys[at] = keys[size - 1]
-            items[at] = items[size - 1]
+        if en[e, E_ITEMS + 3 * at] == item:
+            en[e, E_KEYS + 3 * at] = en[e, E_KEYS + 3 * (size - 1)]
+            en[e, E_ITEMS + 3 * at] = en[e, E_ITEMS + 3 * (size - 1)]
             break
     for at in range((size - 1) // 2, -1, -1):
         if at < size - 1:
-            _heap_sink(keys, items, size - 1, at)
+            _heap_sink(en, e, size - 1, at)
 
 
 # --------------------------------------------------------------------------- running list
@@ -271,232 +308,222 @@ def _blocks(tokens):
 
 
 @njit(cache=True)
-def _append(rq, ei, i, r):
-    tail = ei[E_TAIL]
-    rq.before[i, r] = tail
-    rq.after[i, r] = -1
+def _append(rq, en, e, r):
+    tail = en[e, E_TAIL]
+    rq[r, R_BEFORE] = tail
+    rq[r, R_AFTER] = -1
     if tail >= 0:
-        rq.after[i, tail] = r
+        rq[tail, R_AFTER] = r
     else:
-        ei[E_HEAD] = r
-    ei[E_TAIL] = r
-    ei[E_RUNNING] += 1
+        en[e, E_HEAD] = r
+    en[e, E_TAIL] = r
+    en[e, E_RUNNING] += 1
 
 
 @njit(cache=True)
-def _unlink(rq, ei, i, r):
-    before = rq.before[i, r]
-    after = rq.after[i, r]
+def _unlink(rq, en, e, r):
+    before = rq[r, R_BEFORE]
+    after = rq[r, R_AFTER]
     if before >= 0:
-        rq.after[i, before] = after
+        rq[before, R_AFTER] = after
     else:
-        ei[E_HEAD] = after
+        en[e, E_HEAD] = after
     if after >= 0:
-        rq.before[i, after] = before
+        rq[after, R_BEFORE] = before
     else:
-        ei[E_TAIL] = before
-    ei[E_RUNNING] -= 1
+        en[e, E_TAIL] = before
+    en[e, E_RUNNING] -= 1
 
 
 @njit(cache=True)
-def _preempt_tail(rq, en, ba, i, e):
+def _preempt_tail(rq, en, st, e):
     """Recompute later: the last admitted request loses its blocks and waits in front."""
-    ei = en.ints[i, e]
-    r = ei[E_TAIL]
-    if rq.state[i, r] == DECODING:
-        context = rq.target[i, r] + ei[E_ITERATION] - rq.joined[i, r]
-        ei[E_FREE] += _blocks(context)
-        ei[E_DECODING] -= 1
-        ei[E_CONTEXT] -= context
-        en.phases[i, e, (rq.joined[i, r] - rq.target[i, r]) % BLOCK_TOKENS] -= 1
-        _heap_remove(en.heap_key[i, e], en.heap_request[i, e], ei[E_HEAP], r)
-        ei[E_HEAP] -= 1
-        generated = rq.generated[i, r] + ei[E_ITERATION] - rq.joined[i, r]
-        rq.generated[i, r] = generated
-        rq.target[i, r] = rq.prompt[i, r] + generated
-        ba.ints[i, S_TOKENS_DUE] += rq.target[i, r] - rq.hit[i, r]
+    r = en[e, E_TAIL]
+    if rq[r, R_STATE] == DECODING:
+        context = rq[r, R_TARGET] + en[e, E_ITERATION] - rq[r, R_JOINED]
+        en[e, E_FREE] += _blocks(context)
+        en[e, E_DECODING] -= 1
+        en[e, E_CONTEXT] -= context
+        en[e, E_PHASES + ((rq[r, R_JOINED] - rq[r, R_TARGET]) & _PHASE)] -= 1
+        _heap_remove(en, e, en[e, E_HEAP], r)
+        en[e, E_HEAP] -= 1
+        generated = rq[r, R_GENERATED] + en[e, E_ITERATION] - rq[r, R_JOINED]
+        rq[r, R_GENERATED] = generated
+        rq[r, R_TARGET] = rq[r, R_PROMPT] + generated
+        st[S_TOKENS_DUE] += rq[r, R_TARGET] - rq[r, R_HIT]
     else:
-        ei[E_FREE] += _blocks(rq.done[i, r])
-        ba.ints[i, S_TOKENS_DUE] += rq.done[i, r] - rq.hit[i, r]
-        ei[E_PARTIAL] = -1
-    rq.done[i, r] = rq.hit[i, r]
-    rq.state[i, r] = WAITING
-    _unlink(rq, ei, i, r)
-    en.stack[i, e, ei[E_PREEMPTED]] = r
-    ei[E_PREEMPTED] += 1
-    ba.ints[i, W_PREEMPTIONS] += 1
+        en[e, E_FREE] += _blocks(rq[r, R_DONE])
+        st[S_TOKENS_DUE] += rq[r, R_DONE] - rq[r, R_HIT]
+        en[e, E_PARTIAL] = -1
+    rq[r, R_DONE] = rq[r, R_HIT]
+    rq[r, R_STATE] = WAITING
+    _unlink(rq, en, e, r)
+    en[e, E_STACK + 3 * en[e, E_PREEMPTED]] = r
+    en[e, E_PREEMPTED] += 1
+    st[W_PREEMPTIONS] += 1
     return r
 
 
 @njit(cache=True)
-def _finish(rq, ba, i, r, now):
-    rq.state[i, r] = FINISHED
-    rq.generated[i, r] = rq.output[i, r]
-    rq.finish[i, r] = now
-    si = ba.ints[i]
-    si[S_SERVED] += 1
-    si[W_SERVED] += 1
-    gaps = rq.output[i, r] - 1
+def _finish(rq, st, sm, r, now):
+    rq[r, R_STATE] = FINISHED
+    rq[r, R_GENERATED] = rq[r, R_OUTPUT]
+    rq[r, R_FINISH] = now
+    st[S_SERVED] += 1
+    st[W_SERVED] += 1
+    gaps = rq[r, R_OUTPUT] - 1
     if gaps > 0:
-        elapsed = now - rq.first[i, r]
-        if si[W_TPOTS] < SAMPLES:
-            ba.tpots[i, si[W_TPOTS]] = elapsed // gaps
-            si[W_TPOTS] += 1
-        if elapsed > si[S_TPOT] * gaps and rq.missed[i, r] == 0:
-            rq.missed[i, r] = 1
-            si[W_MISSES] += 1
+        elapsed = now - rq[r, R_FIRST]
+        if st[W_TPOTS] < SAMPLES:
+            sm[1, st[W_TPOTS]] = elapsed // gaps
+            st[W_TPOTS] += 1
+        if elapsed > st[S_TPOT] * gaps and rq[r, R_MISSED] == 0:
+            rq[r, R_MISSED] = 1
+            st[W_MISSES] += 1
 
 
 @njit(cache=True)
-def _finish_due(rq, en, ba, i, e, now):
+def _finish_due(rq, en, st, fl, sm, e, now):
     """Retire every decoding request whose last token the present iteration gave."""
-    ei = en.ints[i, e]
-    keys = en.heap_key[i, e]
-    while ei[E_HEAP] > 0 and keys[0] == ei[E_ITERATION]:
-        r = _heap_pop(keys, en.heap_request[i, e], ei[E_HEAP])
-        ei[E_HEAP] -= 1
-        context = rq.target[i, r] + ei[E_ITERATION] - rq.joined[i, r]
-        ei[E_DECODING] -= 1
-        ei[E_CONTEXT] -= context
-        ei[E_FREE] += _blocks(context)
-        en.phases[i, e, (rq.joined[i, r] - rq.target[i, r]) % BLOCK_TOKENS] -= 1
-        _unlink(rq, ei, i, r)
-        _finish(rq, ba, i, r, now)
+    while en[e, E_HEAP] > 0 and en[e, E_KEYS] == en[e, E_ITERATION]:
+        r = _heap_pop(en, e, en[e, E_HEAP])
+        en[e, E_HEAP] -= 1
+        context = rq[r, R_TARGET] + en[e, E_ITERATION] - rq[r, R_JOINED]
+        en[e, E_DECODING] -= 1
+        en[e, E_CONTEXT] -= context
+        en[e, E_FREE] += _blocks(context)
+        en[e, E_PHASES + ((rq[r, R_JOINED] - rq[r, R_TARGET]) & _PHASE)] -= 1
+        _unlink(rq, en, e, r)
+        _finish(rq, st, sm, r, now)
 
 
 # --------------------------------------------------------------------------- one engine
 
 
 @njit(cache=True)
-def _complete(rq, en, ba, i, e, now):
+def _complete(rq, en, st, fl, sm, e, now):
     """The iteration in flight ends: tokens out, prompts done, finishes."""
-    ei = en.ints[i, e]
-    si = ba.ints[i]
-    decodes = ei[E_FLY_DECODES]
-    ei[E_ITERATION] += 1
-    si[S_ITERATIONS] += 1
-    ei[E_CONTEXT] += decodes
-    si[W_OUTPUT] += decodes
-    si[W_DECODED] += decodes
-    si[W_DECODE_PS] += decodes * ei[E_FLY_FULL]
-    si[W_PREFILL] += ei[E_FLY_TOKENS]
-    si[S_TOKENS_DUE] -= ei[E_FLY_TOKENS]
-    ei[E_FLYING] = 0
+    decodes = en[e, E_FLY_DECODES]
+    en[e, E_ITERATION] += 1
+    st[S_ITERATIONS] += 1
+    en[e, E_CONTEXT] += decodes
+    st[W_OUTPUT] += decodes
+    st[W_DECODED] += decodes
+    st[W_DECODE_PS] += decodes * en[e, E_FLY_FULL]
+    st[W_PREFILL] += en[e, E_FLY_TOKENS]
+    st[S_TOKENS_DUE] -= en[e, E_FLY_TOKENS]
+    en[e, E_FLYING] = 0
     if decodes > 0:
-        _finish_due(rq, en, ba, i, e, now)
-    r = ei[E_FLY_FIRST]
-    ei[E_PARTIAL] = -1
+        _finish_due(rq, en, st, fl, sm, e, now)
+    r = en[e, E_FLY_FIRST]
+    en[e, E_PARTIAL] = -1
     while r >= 0:
-        after = rq.after[i, r]
-        if rq.done[i, r] < rq.target[i, r]:
-            ei[E_PARTIAL] = r  # only the last one can be: it used up the token budget
+        after = rq[r, R_AFTER]
+        if rq[r, R_DONE] < rq[r, R_TARGET]:
+            en[e, E_PARTIAL] = r  # only the last one can be: it used up the token budget
         else:
-            si[W_OUTPUT] += 1
-            generated = rq.generated[i, r] + 1
-            rq.generated[i, r] = generated
-            if rq.first[i, r] < 0:
-                rq.first[i, r] = now
-                if rq.missed[i, r] == 1:
-                    si[S_OVERDUE] -= 1
-                if si[W_TTFTS] < SAMPLES:
-                    ba.ttfts[i, si[W_TTFTS]] = now - rq.arrival[i, r]
-                    si[W_TTFTS] += 1
-            if generated == rq.output[i, r]:
-                ei[E_FREE] += _blocks(rq.target[i, r])
-                _unlink(rq, ei, i, r)
-                _finish(rq, ba, i, r, now)
+            st[W_OUTPUT] += 1
+            generated = rq[r, R_GENERATED] + 1
+            rq[r, R_GENERATED] = generated
+            if rq[r, R_FIRST] < 0:
+                rq[r, R_FIRST] = now
+                if rq[r, R_MISSED] == 1:
+                    st[S_OVERDUE] -= 1
+                if st[W_TTFTS] < SAMPLES:
+                    sm[0, st[W_TTFTS]] = now - rq[r, R_ARRIVAL]
+                    st[W_TTFTS] += 1
+            if generated == rq[r, R_OUTPUT]:
+                en[e, E_FREE] += _blocks(rq[r, R_TARGET])
+                _unlink(rq, en, e, r)
+                _finish(rq, st, sm, r, now)
             else:
-                rq.state[i, r] = DECODING
-                rq.joined[i, r] = ei[E_ITERATION]
-                ei[E_DECODING] += 1
-                ei[E_CONTEXT] += rq.target[i, r]
-                en.phases[i, e, (ei[E_ITERATION] - rq.target[i, r]) % BLOCK_TOKENS] += 1
-                key = ei[E_ITERATION] + rq.output[i, r] - generated
-                _heap_push(en.heap_key[i, e], en.heap_request[i, e], ei[E_HEAP], key, r)
-                ei[E_HEAP] += 1
+                rq[r, R_STATE] = DECODING
+                rq[r, R_JOINED] = en[e, E_ITERATION]
+                en[e, E_DECODING] += 1
+                en[e, E_CONTEXT] += rq[r, R_TARGET]
+                en[e, E_PHASES + ((en[e, E_ITERATION] - rq[r, R_TARGET]) & _PHASE)] += 1
+                key = en[e, E_ITERATION] + rq[r, R_OUTPUT] - generated
+                _heap_push(en, e, en[e, E_HEAP], key, r)
+                en[e, E_HEAP] += 1
         r = after
 
 
 @njit(cache=True)
-def _continue_partial(rq, en, ba, i, e, budget):
+def _continue_partial(rq, en, st, fl, sm, e, budget):
     """Next chunk of a prompt under way. Returns its tokens and pairs, or (-1, 0) if it was preempted."""
-    ei = en.ints[i, e]
-    r = ei[E_PARTIAL]
-    done = rq.done[i, r]
-    chunk = min(rq.target[i, r] - done, budget)
+    r = en[e, E_PARTIAL]
+    done = rq[r, R_DONE]
+    chunk = min(rq[r, R_TARGET] - done, budget)
     blocks = _blocks(done + chunk) - _blocks(done)
-    if blocks > ei[E_FREE]:  # it is the tail itself: nothing later can be preempted for it
-        _preempt_tail(rq, en, ba, i, e)
+    if blocks > en[e, E_FREE]:  # it is the tail itself: nothing later can be preempted for it
+        _preempt_tail(rq, en, st, e)
         return -1, 0
-    ei[E_FREE] -= blocks
-    rq.done[i, r] = done + chunk
+    en[e, E_FREE] -= blocks
+    rq[r, R_DONE] = done + chunk
     return chunk, chunk * done + chunk * (chunk + 1) // 2
 
 
 @njit(cache=True)
-def _run_running_short_of_blocks(rq, en, ba, i, e):
+def _run_running_short_of_blocks(rq, en, st, e):
     """Give decoding requests their next block in order of admission, preempting from the tail."""
-    ei = en.ints[i, e]
-    phase = ei[E_ITERATION] % BLOCK_TOKENS
-    r = ei[E_HEAD]
-    while r >= 0 and rq.state[i, r] == DECODING:
-        after = rq.after[i, r]
-        if (rq.joined[i, r] - rq.target[i, r]) % BLOCK_TOKENS == phase:
-            while ei[E_FREE] < 1:
-                if _preempt_tail(rq, en, ba, i, e) == r:
+    phase = en[e, E_ITERATION] & _PHASE
+    r = en[e, E_HEAD]
+    while r >= 0 and rq[r, R_STATE] == DECODING:
+        after = rq[r, R_AFTER]
+        if (rq[r, R_JOINED] - rq[r, R_TARGET]) & _PHASE == phase:
+            while en[e, E_FREE] < 1:
+                if _preempt_tail(rq, en, st, e) == r:
                     return
-            ei[E_FREE] -= 1
-            after = rq.after[i, r]  # its successor may have been preempted
+            en[e, E_FREE] -= 1
+            after = rq[r, R_AFTER]  # its successor may have been preempted
         r = after
 
 
 @njit(cache=True)
-def _next_waiting(rq, en, i, e, now):
+def _next_waiting(rq, en, e, now):
     """The request vLLM would look at first: the earliest admitted preempted one, else by arrival."""
-    ei = en.ints[i, e]
-    if ei[E_PREEMPTED] > 0:
-        return en.stack[i, e, ei[E_PREEMPTED] - 1]
-    at = ei[E_NEXT]
-    if at < ei[E_END] and rq.arrival[i, at] <= now:
+    if en[e, E_PREEMPTED] > 0:
+        return en[e, E_STACK + 3 * (en[e, E_PREEMPTED] - 1)]
+    at = en[e, E_NEXT]
+    if at < en[e, E_END] and rq[at, R_ARRIVAL] <= now:
         return at
     return -1
 
 
 @njit(cache=True)
-def _take_waiting(en, i, e):
-    ei = en.ints[i, e]
-    if ei[E_PREEMPTED] > 0:
-        ei[E_PREEMPTED] -= 1
+def _take_waiting(en, e):
+    if en[e, E_PREEMPTED] > 0:
+        en[e, E_PREEMPTED] -= 1
     else:
-        ei[E_NEXT] += 1
+        en[e, E_NEXT] += 1
 
 
 @njit(cache=True)
-def _stretch(rq, en, ba, ph, i, e, until, blocked, jump):
+def _stretch(rq, en, st, fl, sm, ph, e, until, blocked, jump):
     """Run decode-only iterations that end by ``until`` in closed form; returns whether any ran.
 
     ``blocked``: nothing can be admitted until a request finishes, so arrivals need not stop it.
     """
-    ei = en.ints[i, e]
-    si = ba.ints[i]
-    j = ei[E_TP]
-    decodes = ei[E_DECODING]
-    context = ei[E_CONTEXT]
-    now = ei[E_NOW]
-    k = si[S_CLOCK]
-    count = en.heap_key[i, e, 0] - ei[E_ITERATION]
+    j = en[e, E_TP]
+    decodes = en[e, E_DECODING]
+    context = en[e, E_CONTEXT]
+    now = en[e, E_NOW]
+    k = st[S_CLOCK]
+    count = en[e, E_KEYS] - en[e, E_ITERATION]
     if not jump or count < 2:
         return False
-    u = ph.unit[i, j]
-    step = _ps(u[U_KV_MEMORY_S] * ph.memory_scale[i, k] + u[U_KV_COMPUTE_S] * ph.compute_scale[i, k])
+    step = _ps(
+        ph.unit[j, U_KV_MEMORY_S] * ph.clock[k, K_MEMORY]
+        + ph.unit[j, U_KV_COMPUTE_S] * ph.clock[k, K_COMPUTE]
+    )
     step *= decodes
     base = _ps(
-        ph.decode_memory_s[i, j, decodes] * ph.memory_scale[i, k]
-        + ph.decode_compute_s[i, j, decodes] * ph.compute_scale[i, k]
+        ph.decode[j, D_MEMORY_S, decodes] * ph.clock[k, K_MEMORY]
+        + ph.decode[j, D_COMPUTE_S, decodes] * ph.clock[k, K_COMPUTE]
     )
     work = base + (step // decodes) * context
-    host = _ps(u[U_HOST_S])
-    comm = _ps(ph.decode_comm_s[i, j, decodes])
+    host = _ps(ph.unit[j, U_HOST_S])
+    comm = _ps(ph.decode[j, D_COMM_S, decodes])
     if work < host:  # host-bound: constant time up to the kink
         first = host + comm
         if step > 0:
@@ -507,9 +534,9 @@ def _stretch(rq, en, ba, ph, i, e, until, blocked, jump):
     span = until - now
     stop_at_arrival = np.int64(-1)
     if not blocked:
-        at = ei[E_NEXT]
-        if at < ei[E_END] and rq.arrival[i, at] - now <= span:
-            stop_at_arrival = rq.arrival[i, at] - now
+        at = en[e, E_NEXT]
+        if at < en[e, E_END] and rq[at, R_ARRIVAL] - now <= span:
+            stop_at_arrival = rq[at, R_ARRIVAL] - now
     # iterations that end within span: n first + step n (n - 1) / 2 <= span
     goal = span if stop_at_arrival < 0 else stop_at_arrival - 1
     if count * first + step * (count * (count - 1) // 2) > goal:
@@ -531,16 +558,16 @@ def _stretch(rq, en, ba, ph, i, e, until, blocked, jump):
     if count < 1:
         return False
     # KV blocks: every request needs one each 16 iterations
-    phase = ei[E_ITERATION] % BLOCK_TOKENS
+    phase = en[e, E_ITERATION] & _PHASE
     need = (count // BLOCK_TOKENS) * decodes
-    for extra in range(count % BLOCK_TOKENS):
-        need += en.phases[i, e, (phase + extra) % BLOCK_TOKENS]
-    if need > ei[E_FREE]:
+    for extra in range(count & _PHASE):
+        need += en[e, E_PHASES + ((phase + extra) & _PHASE)]
+    if need > en[e, E_FREE]:
         need = np.int64(0)
         n = np.int64(0)
         while n < count:
-            more = en.phases[i, e, (phase + n) % BLOCK_TOKENS]
-            if need + more > ei[E_FREE]:
+            more = en[e, E_PHASES + ((phase + n) & _PHASE)]
+            if need + more > en[e, E_FREE]:
                 break
             need += more
             n += 1
@@ -548,58 +575,57 @@ def _stretch(rq, en, ba, ph, i, e, until, blocked, jump):
         if count < 1:
             return False
     # power is a Moebius function of the iteration number: unthrottled at both ends, so in between
-    limit_w = ph.whole[i, G_TDP_W] * ph.tp_degrees[j]
+    limit_w = fl[F_TDP_W] * ph.unit[j, U_TP]
     for at_context in (context, context + (count - 1) * decodes):
-        duration, energy = _time_and_energy(ph, i, j, k, decodes, at_context, 0, 0)
+        duration, energy = _time_and_energy(ph, j, k, decodes, at_context, 0, 0)
         if energy > limit_w * (duration / _PS):
             return False
     total = count * first + step * (count * (count - 1) // 2)
     contexts = count * context + decodes * (count * (count - 1) // 2)
-    sf = ba.floats[i]
-    sf[F_ENERGY] += (
-        ph.busy_w[i, j, k] * (total / _PS)
-        + count * (ph.decode_memory_j[i, j, decodes] + ph.energy_scale[i, k] * ph.decode_compute_j[i, j, decodes])
-        + contexts * (u[U_KV_MEMORY_J] + ph.energy_scale[i, k] * u[U_KV_COMPUTE_J])
+    fl[F_ENERGY] += (
+        ph.clock[k, K_BUSY + j] * (total / _PS)
+        + ph.clock[k, K_MEMORY_ENERGY]
+        * (count * ph.decode[j, D_MEMORY_J, decodes] + contexts * ph.unit[j, U_KV_MEMORY_J])
+        + ph.clock[k, K_ENERGY]
+        * (count * ph.decode[j, D_COMPUTE_J, decodes] + contexts * ph.unit[j, U_KV_COMPUTE_J])
     )
-    sf[F_BUSY_GPU_PS] += total * ph.tp_degrees[j]
-    sf[F_RUNNING] += np.float64(total) * ei[E_RUNNING]
-    si[W_BUSY] += total
-    si[W_OUTPUT] += count * decodes
-    si[W_DECODED] += count * decodes
-    si[W_DECODE_PS] += decodes * total
-    si[S_ITERATIONS] += count
-    ei[E_ITERATION] += count
-    ei[E_CONTEXT] += count * decodes
-    ei[E_FREE] -= need
-    ei[E_NOW] = now + total
-    _finish_due(rq, en, ba, i, e, ei[E_NOW])
+    fl[F_BUSY_GPU_PS] += total * ph.unit[j, U_TP]
+    fl[F_RUNNING] += np.float64(total) * en[e, E_RUNNING]
+    st[W_BUSY] += total
+    st[W_OUTPUT] += count * decodes
+    st[W_DECODED] += count * decodes
+    st[W_DECODE_PS] += decodes * total
+    st[S_ITERATIONS] += count
+    en[e, E_ITERATION] += count
+    en[e, E_CONTEXT] += count * decodes
+    en[e, E_FREE] -= need
+    en[e, E_NOW] = now + total
+    _finish_due(rq, en, st, fl, sm, e, en[e, E_NOW])
     return True
 
 
 @njit(cache=True)
-def _schedule(rq, en, ba, ph, i, e, until, jump):
+def _schedule(rq, en, st, fl, sm, ph, e, until, jump):
     """Form the next iteration at the engine's time. Returns False if there is nothing to run."""
-    ei = en.ints[i, e]
-    si = ba.ints[i]
-    now = ei[E_NOW]
-    j = ei[E_TP]
-    total_blocks = ph.kv_blocks[i, j]
-    budget = np.int64(ph.whole[i, G_TOKENS])
-    need = en.phases[i, e, ei[E_ITERATION] % BLOCK_TOKENS]
+    now = en[e, E_NOW]
+    j = en[e, E_TP]
+    total_blocks = np.int64(ph.unit[j, U_BLOCKS])
+    budget = np.int64(fl[F_TOKENS])
+    need = en[e, E_PHASES + (en[e, E_ITERATION] & _PHASE)]
     preempted = False
     tokens = np.int64(0)
     pairs = np.int64(0)
     first = np.int64(-1)
-    short = need > ei[E_FREE]
+    short = need > en[e, E_FREE]
     if short:
-        _run_running_short_of_blocks(rq, en, ba, i, e)
+        _run_running_short_of_blocks(rq, en, st, e)
         preempted = True
     else:
-        ei[E_FREE] -= need  # given back below if the stretch is jumped
-    budget -= ei[E_DECODING]
-    if ei[E_PARTIAL] >= 0:
-        partial = ei[E_PARTIAL]
-        chunk, chunk_pairs = _continue_partial(rq, en, ba, i, e, budget)
+        en[e, E_FREE] -= need  # given back below if the stretch is jumped
+    budget -= en[e, E_DECODING]
+    if en[e, E_PARTIAL] >= 0:
+        partial = en[e, E_PARTIAL]
+        chunk, chunk_pairs = _continue_partial(rq, en, st, fl, sm, e, budget)
         if chunk < 0:
             preempted = True
         else:
@@ -610,138 +636,133 @@ def _schedule(rq, en, ba, ph, i, e, until, jump):
     blocked = False
     if not preempted:
         while True:
-            r = _next_waiting(rq, en, i, e, now)
+            r = _next_waiting(rq, en, e, now)
             if r < 0:
                 break
-            if _blocks(rq.prompt[i, r] + rq.output[i, r]) > total_blocks:
-                _take_waiting(en, i, e)  # longer than the whole cache: the engine refuses it
-                rq.state[i, r] = REJECTED
-                rq.missed[i, r] = 1
-                si[W_MISSES] += 1
-                si[S_REJECTED] += 1
-                si[S_TOKENS_DUE] -= rq.target[i, r] - rq.hit[i, r]
+            if _blocks(rq[r, R_PROMPT] + rq[r, R_OUTPUT]) > total_blocks:
+                _take_waiting(en, e)  # longer than the whole cache: the engine refuses it
+                rq[r, R_STATE] = REJECTED
+                rq[r, R_MISSED] = 1
+                st[W_MISSES] += 1
+                st[S_REJECTED] += 1
+                st[S_TOKENS_DUE] -= rq[r, R_TARGET] - rq[r, R_HIT]
                 continue
-            if ei[E_RUNNING] >= si[S_CAP]:
+            if en[e, E_RUNNING] >= st[S_CAP]:
                 blocked = True
                 break
             if budget <= 0:
                 break
-            done = rq.done[i, r]
+            done = rq[r, R_DONE]
             # vLLM admits a request only when its whole known sequence fits
-            if _blocks(rq.target[i, r]) > ei[E_FREE]:
+            if _blocks(rq[r, R_TARGET]) > en[e, E_FREE]:
                 blocked = True
                 break
-            chunk = min(rq.target[i, r] - done, budget)
-            ei[E_FREE] -= _blocks(done + chunk)
-            _take_waiting(en, i, e)
-            rq.state[i, r] = PREFILLING
-            rq.done[i, r] = done + chunk
-            _append(rq, ei, i, r)
+            chunk = min(rq[r, R_TARGET] - done, budget)
+            en[e, E_FREE] -= _blocks(done + chunk)
+            _take_waiting(en, e)
+            rq[r, R_STATE] = PREFILLING
+            rq[r, R_DONE] = done + chunk
+            _append(rq, en, e, r)
             if first < 0:
                 first = r
             tokens += chunk
             pairs += chunk * done + chunk * (chunk + 1) // 2
             budget -= chunk
-    decodes = ei[E_DECODING]
+    decodes = en[e, E_DECODING]
     if tokens == 0:
         if decodes == 0:
             return preempted  # what was preempted alone is admitted again at once
         if not preempted:
-            ei[E_FREE] += need
-            blocked = blocked or ei[E_RUNNING] >= si[S_CAP]
-            if _stretch(rq, en, ba, ph, i, e, until, blocked, jump):
+            en[e, E_FREE] += need
+            blocked = blocked or en[e, E_RUNNING] >= st[S_CAP]
+            if _stretch(rq, en, st, fl, sm, ph, e, until, blocked, jump):
                 return True
-            ei[E_FREE] -= need
-    duration, energy, clock = iteration(ph, i, j, si[S_CLOCK], decodes, ei[E_CONTEXT], tokens, pairs)
-    ei[E_FLYING] = 1
-    ei[E_FLY_END] = now + duration
-    ei[E_FLY_FULL] = duration
-    ei[E_FLY_DECODES] = decodes
-    ei[E_FLY_CONTEXT] = ei[E_CONTEXT]
-    ei[E_FLY_TOKENS] = tokens
-    ei[E_FLY_PAIRS] = pairs
-    ei[E_FLY_FIRST] = first
-    ei[E_FLY_CLOCK] = clock
-    en.power[i, e] = energy / (duration / _PS)
+            en[e, E_FREE] -= need
+    duration, energy, clock = iteration(ph, fl, j, st[S_CLOCK], decodes, en[e, E_CONTEXT], tokens, pairs)
+    en[e, E_FLYING] = 1
+    en[e, E_FLY_END] = now + duration
+    en[e, E_FLY_FULL] = duration
+    en[e, E_FLY_DECODES] = decodes
+    en[e, E_FLY_CONTEXT] = en[e, E_CONTEXT]
+    en[e, E_FLY_TOKENS] = tokens
+    en[e, E_FLY_PAIRS] = pairs
+    en[e, E_FLY_FIRST] = first
+    en[e, E_FLY_CLOCK] = clock
+    fl[F_POWER + e] = energy / (duration / _PS)
     return True
 
 
 @njit(cache=True)
-def _fly(en, ba, ph, i, e, to):
+def _fly(en, st, fl, ph, e, to):
     """Let the iteration in flight go on to time ``to``: energy, busy time, clock."""
-    ei = en.ints[i, e]
-    si = ba.ints[i]
-    sf = ba.floats[i]
-    span = to - ei[E_NOW]
-    ei[E_NOW] = to
-    si[W_BUSY] += span
-    sf[F_ENERGY] += en.power[i, e] * (span / _PS)
-    sf[F_BUSY_GPU_PS] += span * ph.tp_degrees[ei[E_TP]]
-    sf[F_RUNNING] += np.float64(span) * ei[E_RUNNING]
-    below = ph.grid_mhz[si[S_CLOCK]] - ph.grid_mhz[ei[E_FLY_CLOCK]]
+    span = to - en[e, E_NOW]
+    en[e, E_NOW] = to
+    st[W_BUSY] += span
+    fl[F_ENERGY] += fl[F_POWER + e] * (span / _PS)
+    fl[F_BUSY_GPU_PS] += span * ph.unit[en[e, E_TP], U_TP]
+    fl[F_RUNNING] += np.float64(span) * en[e, E_RUNNING]
+    below = ph.clock[st[S_CLOCK], K_MHZ] - ph.clock[en[e, E_FLY_CLOCK], K_MHZ]
     if below > 0:
-        sf[F_CLOCK] -= np.float64(span) * below
-        si[W_THROTTLED] += span
+        fl[F_CLOCK] -= np.float64(span) * below
+        st[W_THROTTLED] += span
 
 
 @njit(cache=True)
-def _run_engine(rq, en, ba, ph, i, e, until, jump):
+def _run_engine(rq, en, st, fl, sm, ph, e, until, jump):
     """Run engine ``e`` up to time ``until``; a draining engine stops when it is empty."""
-    ei = en.ints[i, e]
     while True:
-        if ei[E_FLYING] == 1:
-            if ei[E_FLY_END] > until:
-                _fly(en, ba, ph, i, e, until)
+        if en[e, E_FLYING] == 1:
+            if en[e, E_FLY_END] > until:
+                _fly(en, st, fl, ph, e, until)
                 return
-            _fly(en, ba, ph, i, e, ei[E_FLY_END])
-            _complete(rq, en, ba, i, e, ei[E_NOW])
-        if ei[E_NOW] >= until:
+            _fly(en, st, fl, ph, e, en[e, E_FLY_END])
+            _complete(rq, en, st, fl, sm, e, en[e, E_NOW])
+        if en[e, E_NOW] >= until:
             return
-        if not _schedule(rq, en, ba, ph, i, e, until, jump):
-            at = ei[E_NEXT]
-            if at < ei[E_END]:
-                ei[E_NOW] = min(rq.arrival[i, at], until)
-            elif ei[E_STATUS] == DRAINING:
-                ei[E_STATUS] = OFF
-                ei[E_GONE] = ei[E_NOW]
+        if not _schedule(rq, en, st, fl, sm, ph, e, until, jump):
+            at = en[e, E_NEXT]
+            if at < en[e, E_END]:
+                en[e, E_NOW] = min(rq[at, R_ARRIVAL], until)
+            elif en[e, E_STATUS] == DRAINING:
+                en[e, E_STATUS] = OFF
+                en[e, E_GONE] = en[e, E_NOW]
                 return
             else:
-                ei[E_NOW] = until
+                en[e, E_NOW] = until
 
 
 @njit(cache=True)
-def _retime(en, ba, ph, i, e):
+def _retime(en, st, fl, ph, e):
     """The clock has changed under an iteration in flight: the rest of its work runs at the new one."""
-    ei = en.ints[i, e]
-    if ei[E_FLYING] == 0:
+    if en[e, E_FLYING] == 0:
         return
-    now = ei[E_NOW]
+    now = en[e, E_NOW]
     duration, energy, clock = iteration(
         ph,
-        i,
-        ei[E_TP],
-        ba.ints[i, S_CLOCK],
-        ei[E_FLY_DECODES],
-        ei[E_FLY_CONTEXT],
-        ei[E_FLY_TOKENS],
-        ei[E_FLY_PAIRS],
+        fl,
+        en[e, E_TP],
+        st[S_CLOCK],
+        en[e, E_FLY_DECODES],
+        en[e, E_FLY_CONTEXT],
+        en[e, E_FLY_TOKENS],
+        en[e, E_FLY_PAIRS],
     )
-    rest = (ei[E_FLY_END] - now) / ei[E_FLY_FULL]
-    ei[E_FLY_END] = now + np.int64(rest * duration + 0.5)
-    ei[E_FLY_FULL] = duration
-    ei[E_FLY_CLOCK] = clock
-    en.power[i, e] = energy / (duration / _PS)
+    rest = (en[e, E_FLY_END] - now) / en[e, E_FLY_FULL]
+    en[e, E_FLY_END] = now + np.int64(rest * duration + 0.5)
+    en[e, E_FLY_FULL] = duration
+    en[e, E_FLY_CLOCK] = clock
+    fl[F_POWER + e] = energy / (duration / _PS)
 
 
 # --------------------------------------------------------------------------- TP switch
 
 
 @njit(cache=True)
-def _first_arrival_after(rq, ba, i, low, time):
-    high = ba.ints[i, S_REQUESTS]
+def _first_arrival_after(rq, st, low, time):
+    high = st[S_REQUESTS]
     while low < high:
         middle = (low + high) // 2
-        if rq.arrival[i, middle] <= time:
+        if rq[middle, R_ARRIVAL] <= time:
             low = middle + 1
         else:
             high = middle
@@ -749,112 +770,103 @@ def _first_arrival_after(rq, ba, i, low, time):
 
 
 @njit(cache=True)
-def _reset_engine(en, ph, i, e, j, status, first, end, now):
-    ei = en.ints[i, e]
-    ei[:] = 0
-    en.phases[i, e, :] = 0
-    ei[E_STATUS] = status
-    ei[E_TP] = j
-    ei[E_NEXT] = first
-    ei[E_END] = end
-    ei[E_NOW] = now
-    ei[E_HEAD] = -1
-    ei[E_TAIL] = -1
-    ei[E_PARTIAL] = -1
-    ei[E_FREE] = ph.kv_blocks[i, j]
-    ei[E_START] = NEVER
-    ei[E_READY] = NEVER
+def _reset_engine(en, ph, e, j, status, first, end, now):
+    en[e, :] = 0
+    en[e, E_STATUS] = status
+    en[e, E_TP] = j
+    en[e, E_NEXT] = first
+    en[e, E_END] = end
+    en[e, E_NOW] = now
+    en[e, E_HEAD] = -1
+    en[e, E_TAIL] = -1
+    en[e, E_PARTIAL] = -1
+    en[e, E_FREE] = np.int64(ph.unit[j, U_BLOCKS])
+    en[e, E_START] = NEVER
+    en[e, E_READY] = NEVER
 
 
 @njit(cache=True)
-def _set_start(en, ph, i, e, start):
-    ei = en.ints[i, e]
-    u = ph.unit[i, ei[E_TP]]
-    ei[E_START] = start
-    ei[E_READY] = start + _ps(u[U_STARTUP_S]) + _ps(u[U_WARMUP_S])
+def _set_start(en, ph, e, start):
+    j = en[e, E_TP]
+    en[e, E_START] = start
+    en[e, E_READY] = start + _ps(ph.unit[j, U_STARTUP_S]) + _ps(ph.unit[j, U_WARMUP_S])
 
 
 @njit(cache=True)
-def _begin_switch(rq, en, ba, ph, i, j):
-    si = ba.ints[i]
-    old = si[S_ACTIVE]
+def _begin_switch(rq, en, st, fl, ph, j):
+    old = st[S_ACTIVE]
     new = 1 - old
-    now = si[S_NOW]
-    si[S_SWITCHING] = 1
-    si[S_SWITCHES] += 1
-    eo = en.ints[i, old]
-    side_by_side = ph.tp_degrees[eo[E_TP]] + ph.tp_degrees[j] <= np.int64(ph.whole[i, G_GPUS])
-    _reset_engine(en, ph, i, new, j, STARTING, si[S_REQUESTS], si[S_REQUESTS], now)
+    now = st[S_NOW]
+    st[S_SWITCHING] = 1
+    st[S_SWITCHES] += 1
+    side_by_side = ph.unit[en[old, E_TP], U_TP] + ph.unit[j, U_TP] <= np.int64(fl[F_GPUS])
+    _reset_engine(en, ph, new, j, STARTING, st[S_REQUESTS], st[S_REQUESTS], now)
     if side_by_side:
-        _set_start(en, ph, i, new, now)
+        _set_start(en, ph, new, now)
     else:  # hold what arrives from now on; the new engine starts on the GPUs the old one leaves
-        split = _first_arrival_after(rq, ba, i, eo[E_NEXT], now)
-        eo[E_END] = split
-        eo[E_STATUS] = DRAINING
-        en.ints[i, new, E_NEXT] = split
-        si[S_ACTIVE] = new
+        split = _first_arrival_after(rq, st, en[old, E_NEXT], now)
+        en[old, E_END] = split
+        en[old, E_STATUS] = DRAINING
+        en[new, E_NEXT] = split
+        st[S_ACTIVE] = new
 
 
 @njit(cache=True)
-def _starting_energy(en, ba, ph, i, e, begin, to):
+def _starting_energy(en, st, fl, ph, e, begin, to):
     """Start-up and warm-up energy of a starting engine within [begin, to)."""
-    ei = en.ints[i, e]
-    if ei[E_START] >= to:
+    if en[e, E_START] >= to:
         return
-    u = ph.unit[i, ei[E_TP]]
-    warm = ei[E_START] + _ps(u[U_STARTUP_S])
-    up = max(min(warm, to) - max(ei[E_START], begin), 0)
-    warming = max(min(ei[E_READY], to) - max(warm, begin), 0)
-    ba.floats[i, F_ENERGY] += (u[U_STARTUP_W] * up + u[U_WARMUP_W] * warming) / _PS
-    ba.floats[i, F_BUSY_GPU_PS] += np.float64(up + warming) * ph.tp_degrees[ei[E_TP]]
+    j = en[e, E_TP]
+    warm = en[e, E_START] + _ps(ph.unit[j, U_STARTUP_S])
+    up = max(min(warm, to) - max(en[e, E_START], begin), 0)
+    warming = max(min(en[e, E_READY], to) - max(warm, begin), 0)
+    fl[F_ENERGY] += (ph.unit[j, U_STARTUP_W] * up + ph.unit[j, U_WARMUP_W] * warming) / _PS
+    fl[F_BUSY_GPU_PS] += np.float64(up + warming) * ph.unit[en[e, E_TP], U_TP]
 
 
 @njit(cache=True)
-def _run_segment(rq, en, ba, ph, i, to, jump):
+def _run_segment(rq, en, st, fl, sm, ph, to, jump):
     """Everything up to ``to``, during which neither clock nor cap changes."""
-    si = ba.ints[i]
-    sf = ba.floats[i]
-    begin = si[S_NOW]
-    busy_before = sf[F_BUSY_GPU_PS]
-    if si[S_SWITCHING] == 1:
-        active = si[S_ACTIVE]
+    begin = st[S_NOW]
+    busy_before = fl[F_BUSY_GPU_PS]
+    if st[S_SWITCHING] == 1:
+        active = st[S_ACTIVE]
         other = 1 - active
-        if en.ints[i, other, E_STATUS] == STARTING:  # side by side, not yet ready; ready is a boundary
-            _starting_energy(en, ba, ph, i, other, begin, to)
-            _run_engine(rq, en, ba, ph, i, active, to, jump)
-            if en.ints[i, other, E_READY] <= to:
-                split = _first_arrival_after(rq, ba, i, en.ints[i, active, E_NEXT], to)
-                en.ints[i, active, E_END] = split
-                en.ints[i, active, E_STATUS] = DRAINING
-                en.ints[i, other, E_STATUS] = SERVING
-                en.ints[i, other, E_NEXT] = split
-                en.ints[i, other, E_END] = si[S_REQUESTS]
-                en.ints[i, other, E_NOW] = to
-                si[S_ACTIVE] = other
+        if en[other, E_STATUS] == STARTING:  # side by side, not yet ready; ready is a boundary
+            _starting_energy(en, st, fl, ph, other, begin, to)
+            _run_engine(rq, en, st, fl, sm, ph, active, to, jump)
+            if en[other, E_READY] <= to:
+                split = _first_arrival_after(rq, st, en[active, E_NEXT], to)
+                en[active, E_END] = split
+                en[active, E_STATUS] = DRAINING
+                en[other, E_STATUS] = SERVING
+                en[other, E_NEXT] = split
+                en[other, E_END] = st[S_REQUESTS]
+                en[other, E_NOW] = to
+                st[S_ACTIVE] = other
         else:
-            if en.ints[i, other, E_STATUS] == DRAINING:
-                _run_engine(rq, en, ba, ph, i, other, to, jump)
-            gone = en.ints[i, other, E_STATUS] == OFF
-            ea = en.ints[i, active]
-            if ea[E_STATUS] == STARTING and gone:
-                if ea[E_START] == NEVER:
-                    _set_start(en, ph, i, active, en.ints[i, other, E_GONE])
-                _starting_energy(en, ba, ph, i, active, begin, to)
-                if ea[E_READY] <= to:
-                    ea[E_STATUS] = SERVING
-                    ea[E_END] = si[S_REQUESTS]
-                    ea[E_NOW] = ea[E_READY]
-            if ea[E_STATUS] == SERVING:
-                _run_engine(rq, en, ba, ph, i, active, to, jump)
+            if en[other, E_STATUS] == DRAINING:
+                _run_engine(rq, en, st, fl, sm, ph, other, to, jump)
+            gone = en[other, E_STATUS] == OFF
+            if en[active, E_STATUS] == STARTING and gone:
+                if en[active, E_START] == NEVER:
+                    _set_start(en, ph, active, en[other, E_GONE])
+                _starting_energy(en, st, fl, ph, active, begin, to)
+                if en[active, E_READY] <= to:
+                    en[active, E_STATUS] = SERVING
+                    en[active, E_END] = st[S_REQUESTS]
+                    en[active, E_NOW] = en[active, E_READY]
+            if en[active, E_STATUS] == SERVING:
+                _run_engine(rq, en, st, fl, sm, ph, active, to, jump)
                 if gone:
-                    si[S_SWITCHING] = 0
+                    st[S_SWITCHING] = 0
     else:
-        _run_engine(rq, en, ba, ph, i, si[S_ACTIVE], to, jump)
+        _run_engine(rq, en, st, fl, sm, ph, st[S_ACTIVE], to, jump)
     span = np.float64(to - begin)
-    idle = ph.whole[i, G_GPUS] * span - (sf[F_BUSY_GPU_PS] - busy_before)
-    sf[F_ENERGY] += ph.idle_w[i, si[S_CLOCK]] * (idle / _PS)
-    sf[F_CLOCK] += span * ph.grid_mhz[si[S_CLOCK]]
-    si[S_NOW] = to
+    idle = fl[F_GPUS] * span - (fl[F_BUSY_GPU_PS] - busy_before)
+    fl[F_ENERGY] += ph.clock[st[S_CLOCK], K_IDLE] * (idle / _PS)
+    fl[F_CLOCK] += span * ph.clock[st[S_CLOCK], K_MHZ]
+    st[S_NOW] = to
 
 
 # --------------------------------------------------------------------------- one window
@@ -878,159 +890,186 @@ def _quantiles(samples, n):
 
 
 @njit(cache=True)
-def _look_at_arrivals_and_deadlines(rq, ba, i):
-    si = ba.ints[i]
-    now = si[S_NOW]
-    n = si[S_REQUESTS]
-    while si[S_ARRIVED] < n and rq.arrival[i, si[S_ARRIVED]] <= now:
-        r = si[S_ARRIVED]
-        si[W_ARRIVALS] += 1
-        si[W_PROMPT] += rq.prompt[i, r]
-        si[S_ARRIVED] += 1
-    limit = si[S_TTFT]
-    while si[S_DEADLINE] < si[S_ARRIVED]:
-        r = si[S_DEADLINE]
-        deadline = rq.arrival[i, r] + limit
+def _look_at_arrivals_and_deadlines(rq, st):
+    now = st[S_NOW]
+    n = st[S_REQUESTS]
+    while st[S_ARRIVED] < n and rq[st[S_ARRIVED], R_ARRIVAL] <= now:
+        r = st[S_ARRIVED]
+        st[W_ARRIVALS] += 1
+        st[W_PROMPT] += rq[r, R_PROMPT]
+        st[S_ARRIVED] += 1
+    limit = st[S_TTFT]
+    while st[S_DEADLINE] < st[S_ARRIVED]:
+        r = st[S_DEADLINE]
+        deadline = rq[r, R_ARRIVAL] + limit
         if deadline > now:
             break
-        if rq.first[i, r] < 0 or rq.first[i, r] > deadline:
-            if rq.missed[i, r] == 0:
-                rq.missed[i, r] = 1
-                si[W_MISSES] += 1
-            if rq.first[i, r] < 0 and rq.state[i, r] != REJECTED:
-                si[S_OVERDUE] += 1
-        si[S_DEADLINE] += 1
-    while si[S_OLDEST] < si[S_ARRIVED]:
-        r = si[S_OLDEST]
-        if rq.first[i, r] < 0 and rq.state[i, r] != REJECTED:
+        if rq[r, R_FIRST] < 0 or rq[r, R_FIRST] > deadline:
+            if rq[r, R_MISSED] == 0:
+                rq[r, R_MISSED] = 1
+                st[W_MISSES] += 1
+            if rq[r, R_FIRST] < 0 and rq[r, R_STATE] != REJECTED:
+                st[S_OVERDUE] += 1
+        st[S_DEADLINE] += 1
+    while st[S_OLDEST] < st[S_ARRIVED]:
+        r = st[S_OLDEST]
+        if rq[r, R_FIRST] < 0 and rq[r, R_STATE] != REJECTED:
             break
-        si[S_OLDEST] += 1
+        st[S_OLDEST] += 1
 
 
 @njit(cache=True)
-def _count_due_tokens(rq, ba, i, upto):
+def _count_due_tokens(rq, st, upto):
     """Tokens of requests that have arrived by ``upto`` enter the backlog."""
-    si = ba.ints[i]
-    at = si[S_ARRIVED]
-    while at < si[S_REQUESTS] and rq.arrival[i, at] <= upto:
-        si[S_TOKENS_DUE] += rq.target[i, at] - rq.hit[i, at]
+    at = st[S_ARRIVED]
+    while at < st[S_REQUESTS] and rq[at, R_ARRIVAL] <= upto:
+        st[S_TOKENS_DUE] += rq[at, R_TARGET] - rq[at, R_HIT]
         at += 1
 
 
 @njit(cache=True)
-def _window_row(rq, en, ba, ph, i, begin, row):
-    si = ba.ints[i]
-    sf = ba.floats[i]
-    now = si[S_NOW]
+def _window_row(rq, en, st, fl, sm, ph, begin, row):
+    now = st[S_NOW]
     span = np.float64(now - begin)
-    active = si[S_ACTIVE]
+    active = st[S_ACTIVE]
     running = np.int64(0)
-    waiting = si[S_ARRIVED] - si[S_SERVED] - si[S_REJECTED]
+    waiting = st[S_ARRIVED] - st[S_SERVED] - st[S_REJECTED]
     for e in range(2):
-        if en.ints[i, e, E_STATUS] != OFF:
-            running += en.ints[i, e, E_RUNNING]
+        if en[e, E_STATUS] != OFF:
+            running += en[e, E_RUNNING]
     waiting -= running
-    blocks = ph.kv_blocks[i, en.ints[i, active, E_TP]]
+    blocks = np.int64(ph.unit[en[active, E_TP], U_BLOCKS])
     row[C_START] = begin / _PS
     row[C_DURATION] = span / _PS
-    row[C_ARRIVALS] = si[W_ARRIVALS]
-    row[C_PROMPT] = si[W_PROMPT]
-    row[C_OUTPUT] = si[W_OUTPUT]
-    row[C_PREFILL] = si[W_PREFILL]
-    row[C_SERVED] = si[W_SERVED]
-    row[C_MISSES] = si[W_MISSES]
-    row[C_OVERDUE] = si[S_OVERDUE]
-    row[C_PREEMPTIONS] = si[W_PREEMPTIONS]
+    row[C_ARRIVALS] = st[W_ARRIVALS]
+    row[C_PROMPT] = st[W_PROMPT]
+    row[C_OUTPUT] = st[W_OUTPUT]
+    row[C_PREFILL] = st[W_PREFILL]
+    row[C_SERVED] = st[W_SERVED]
+    row[C_MISSES] = st[W_MISSES]
+    row[C_OVERDUE] = st[S_OVERDUE]
+    row[C_PREEMPTIONS] = st[W_PREEMPTIONS]
     row[C_RUNNING] = running
     row[C_WAITING] = waiting
-    row[C_WAITING_TOKENS] = si[S_TOKENS_DUE]
-    oldest = si[S_OLDEST]
-    row[C_OLDEST] = (now - rq.arrival[i, oldest]) / _PS if oldest < si[S_ARRIVED] else 0.0
-    row[C_RUNNING_MEAN] = sf[F_RUNNING] / span
-    row[C_BUSY] = min(si[W_BUSY] / span, 1.0)
-    row[C_KV] = 1.0 - en.ints[i, active, E_FREE] / blocks
-    row[C_TTFT50], row[C_TTFT99] = _quantiles(ba.ttfts[i], si[W_TTFTS])
-    row[C_TPOT50], row[C_TPOT99] = _quantiles(ba.tpots[i], si[W_TPOTS])
-    row[C_ITL] = si[W_DECODE_PS] / si[W_DECODED] / _PS if si[W_DECODED] > 0 else np.nan
-    row[C_ENERGY] = sf[F_ENERGY]
-    row[C_MEASURED] = sf[F_CLOCK] / span
-    row[C_THROTTLED] = min(si[W_THROTTLED] / span, 1.0)
-    row[C_CLOCK] = ph.grid_mhz[si[S_ASKED_CLOCK]]
-    row[C_CAP] = si[S_CAP]
-    row[C_TP] = ph.tp_degrees[en.ints[i, active, E_TP]]
-    row[C_SWITCHING] = si[S_SWITCHING]
+    row[C_WAITING_TOKENS] = st[S_TOKENS_DUE]
+    oldest = st[S_OLDEST]
+    row[C_OLDEST] = (now - rq[oldest, R_ARRIVAL]) / _PS if oldest < st[S_ARRIVED] else 0.0
+    row[C_RUNNING_MEAN] = fl[F_RUNNING] / span
+    row[C_BUSY] = min(st[W_BUSY] / span, 1.0)
+    row[C_KV] = 1.0 - en[active, E_FREE] / blocks
+    row[C_TTFT50], row[C_TTFT99] = _quantiles(sm[0], st[W_TTFTS])
+    row[C_TPOT50], row[C_TPOT99] = _quantiles(sm[1], st[W_TPOTS])
+    row[C_ITL] = st[W_DECODE_PS] / st[W_DECODED] / _PS if st[W_DECODED] > 0 else np.nan
+    row[C_ENERGY] = fl[F_ENERGY]
+    row[C_MEASURED] = fl[F_CLOCK] / span
+    row[C_THROTTLED] = min(st[W_THROTTLED] / span, 1.0)
+    row[C_CLOCK] = ph.clock[st[S_ASKED_CLOCK], K_MHZ]
+    row[C_CAP] = st[S_CAP]
+    row[C_TP] = ph.unit[en[active, E_TP], U_TP]
+    row[C_SWITCHING] = st[S_SWITCHING]
     row[C_AGE] = 0.0
     row[C_BLIND] = 0.0
 
 
 @njit(cache=True)
-def advance_one(rq, en, ba, ph, i, clock, cap, j, interval_ps, row, jump):
+def _advance(rq, en, st, fl, sm, ph, clock, cap, j, interval_ps, row, jump):
+    begin = st[S_NOW]
+    end = begin + interval_ps
+    st[W_ARRIVALS : W_TPOTS + 1] = 0
+    fl[F_ENERGY] = 0.0
+    fl[F_RUNNING] = 0.0
+    fl[F_CLOCK] = 0.0
+    fl[F_BUSY_GPU_PS] = 0.0
+    st[S_CAP] = cap
+    if clock != st[S_ASKED_CLOCK]:
+        st[S_ASKED_CLOCK] = clock
+        st[S_CLOCK_DUE] = begin + _ps(fl[F_CLOCK_DELAY_S])
+    if st[S_SWITCHING] == 0 and j != en[st[S_ACTIVE], E_TP]:
+        _begin_switch(rq, en, st, fl, ph, j)
+    _count_due_tokens(rq, st, end)
+    while st[S_NOW] < end:
+        to = end
+        if st[S_CLOCK_DUE] <= st[S_NOW]:
+            st[S_CLOCK] = st[S_ASKED_CLOCK]
+            st[S_CLOCK_DUE] = NEVER
+            for e in range(2):
+                _retime(en, st, fl, ph, e)
+        to = min(to, st[S_CLOCK_DUE])
+        other = 1 - st[S_ACTIVE]
+        if st[S_SWITCHING] == 1 and en[other, E_STATUS] == STARTING:
+            ready = en[other, E_READY]
+            if ready > st[S_NOW]:
+                to = min(to, ready)
+        _run_segment(rq, en, st, fl, sm, ph, to, jump)
+    fl[F_TOTAL_ENERGY] += fl[F_ENERGY]
+    _look_at_arrivals_and_deadlines(rq, st)
+    _window_row(rq, en, st, fl, sm, ph, begin, row)
+
+
+@njit(cache=True, inline="always")
+def _physics_of(ph, i):
+    return Physics(ph.decode[i], ph.unit[i], ph.clock[i])
+
+
+@njit(cache=True)
+def advance_one(ba, ph, i, clock, cap, j, interval_ps, row, jump):
     """Hold grid clock ``clock``, batch cap ``cap`` and TP index ``j`` for one interval; fill ``row``.
 
     A TP degree asked for while a switch is in progress is ignored.
     """
-    si = ba.ints[i]
-    sf = ba.floats[i]
-    begin = si[S_NOW]
-    end = begin + interval_ps
-    si[W_ARRIVALS : W_TPOTS + 1] = 0
-    sf[F_ENERGY] = 0.0
-    sf[F_RUNNING] = 0.0
-    sf[F_CLOCK] = 0.0
-    sf[F_BUSY_GPU_PS] = 0.0
-    si[S_CAP] = cap
-    if clock != si[S_ASKED_CLOCK]:
-        si[S_ASKED_CLOCK] = clock
-        si[S_CLOCK_DUE] = begin + _ps(ph.whole[i, G_CLOCK_DELAY_S])
-    if si[S_SWITCHING] == 0 and j != en.ints[i, si[S_ACTIVE], E_TP]:
-        _begin_switch(rq, en, ba, ph, i, j)
-    _count_due_tokens(rq, ba, i, end)
-    while si[S_NOW] < end:
-        to = end
-        if si[S_CLOCK_DUE] <= si[S_NOW]:
-            si[S_CLOCK] = si[S_ASKED_CLOCK]
-            si[S_CLOCK_DUE] = NEVER
-            for e in range(2):
-                _retime(en, ba, ph, i, e)
-        to = min(to, si[S_CLOCK_DUE])
-        other = 1 - si[S_ACTIVE]
-        if si[S_SWITCHING] == 1 and en.ints[i, other, E_STATUS] == STARTING:
-            ready = en.ints[i, other, E_READY]
-            if ready > si[S_NOW]:
-                to = min(to, ready)
-        _run_segment(rq, en, ba, ph, i, to, jump)
-    sf[F_TOTAL_ENERGY] += sf[F_ENERGY]
-    _look_at_arrivals_and_deadlines(rq, ba, i)
-    _window_row(rq, en, ba, ph, i, begin, row)
+    one = _physics_of(ph, i)
+    _advance(
+        ba.requests[i],
+        ba.engines[i],
+        ba.ints[i],
+        ba.floats[i],
+        ba.samples[i],
+        one,
+        clock,
+        cap,
+        j,
+        interval_ps,
+        row,
+        jump,
+    )
 
 
 @njit(cache=True)
-def advance_all(rq, en, ba, ph, clocks, caps, tps, interval_ps, rows, jump):
+def advance_all(ba, ph, clocks, caps, tps, interval_ps, rows, jump):
     """:func:`advance_one` for every simulation; ``clocks``, ``caps``, ``tps`` of shape (N,)."""
     for i in range(rows.shape[0]):
-        advance_one(rq, en, ba, ph, i, clocks[i], caps[i], tps[i], interval_ps, rows[i], jump)
+        advance_one(ba, ph, i, clocks[i], caps[i], tps[i], interval_ps, rows[i], jump)
 
 
 @njit(cache=True)
-def reset_one(rq, en, ba, ph, i, n, clock, cap, j, ttft_ps, tpot_ps):
-    """Begin anew with the ``n`` requests whose arrival, lengths and hits lie in ``rq``."""
+def advance_windows(ba, ph, i, clocks, caps, tps, interval_ps, rows, jump):
+    """:func:`advance_one` for simulation i over ``rows.shape[0]`` windows in a row."""
+    for w in range(rows.shape[0]):
+        advance_one(ba, ph, i, clocks[w], caps[w], tps[w], interval_ps, rows[w], jump)
+
+
+@njit(cache=True)
+def reset_one(ba, ph, i, n, clock, cap, j, ttft_ps, tpot_ps):
+    """Begin anew with the ``n`` requests whose arrival, lengths and hits lie in ``ba.requests[i]``."""
+    rq = ba.requests[i]
     for r in range(n):
-        rq.state[i, r] = WAITING
-        rq.target[i, r] = rq.prompt[i, r]
-        rq.done[i, r] = rq.hit[i, r]
-        rq.generated[i, r] = 0
-        rq.first[i, r] = -1
-        rq.finish[i, r] = -1
-        rq.missed[i, r] = 0
-    si = ba.ints[i]
-    si[:] = 0
-    ba.floats[i, :] = 0.0
-    si[S_CAP] = cap
-    si[S_CLOCK] = clock
-    si[S_ASKED_CLOCK] = clock
-    si[S_CLOCK_DUE] = NEVER
-    si[S_REQUESTS] = n
-    si[S_TTFT] = ttft_ps
-    si[S_TPOT] = tpot_ps
-    _reset_engine(en, ph, i, 1, j, OFF, n, n, 0)
-    _reset_engine(en, ph, i, 0, j, SERVING, 0, n, 0)
+        rq[r, R_STATE] = WAITING
+        rq[r, R_TARGET] = rq[r, R_PROMPT]
+        rq[r, R_DONE] = rq[r, R_HIT]
+        rq[r, R_GENERATED] = 0
+        rq[r, R_FIRST] = -1
+        rq[r, R_FINISH] = -1
+        rq[r, R_MISSED] = 0
+    st = ba.ints[i]
+    st[:] = 0
+    ba.floats[i, :F_POWER] = 0.0
+    st[S_CAP] = cap
+    st[S_CLOCK] = clock
+    st[S_ASKED_CLOCK] = clock
+    st[S_CLOCK_DUE] = NEVER
+    st[S_REQUESTS] = n
+    st[S_TTFT] = ttft_ps
+    st[S_TPOT] = tpot_ps
+    one = _physics_of(ph, i)
+    _reset_engine(ba.engines[i], one, 1, j, OFF, n, n, 0)
+    _reset_engine(ba.engines[i], one, 0, j, SERVING, 0, n, 0)

@@ -25,7 +25,7 @@ WAITING, PREFILLING, DECODING, FINISHED, REJECTED = range(5)
 # Engine states
 OFF, STARTING, SERVING, DRAINING = range(4)
 
-# Columns of Engines.ints
+# Columns of Batch.engines
 (
     E_STATUS,
     E_TP,  # index into the TP degrees
@@ -55,7 +55,9 @@ OFF, STARTING, SERVING, DRAINING = range(4)
     E_READY,  # when it takes traffic
     E_GONE,  # when it had drained
 ) = range(27)
-E_INTS = 27
+E_PHASES = 27  # 16 counts: decoding requests by the iteration, modulo 16, that needs a block
+# then, interleaved: heap of finish iterations with its requests, stack of preempted requests
+E_KEYS, E_ITEMS, E_STACK = (E_PHASES + BLOCK_TOKENS + x for x in range(3))
 
 # Columns of Batch.ints
 (
@@ -95,61 +97,50 @@ E_INTS = 27
 ) = range(32)
 S_INTS = 32
 
-# Columns of Batch.floats
-F_ENERGY, F_RUNNING, F_CLOCK, F_BUSY_GPU_PS, F_TOTAL_ENERGY = range(5)
-S_FLOATS = 5
+# Columns of Batch.floats: sums of the present window, power of the two engines' iterations, constants
+(
+    F_ENERGY,
+    F_RUNNING,
+    F_CLOCK,
+    F_BUSY_GPU_PS,
+    F_TOTAL_ENERGY,
+    F_POWER,
+    F_POWER_OTHER,
+    F_TDP_W,
+    F_CLOCK_DELAY_S,
+    F_GPUS,
+    F_TOKENS,
+) = range(11)
+S_FLOATS = 11
 
+# Columns of Batch.requests
+(
+    R_ARRIVAL,
+    R_PROMPT,
+    R_OUTPUT,
+    R_HIT,
+    R_STATE,
+    R_TARGET,  # tokens to compute before the next one is sampled
+    R_DONE,  # of them computed
+    R_GENERATED,  # tokens generated when it last began to decode
+    R_JOINED,  # iteration count at that time
+    R_BEFORE,  # running list
+    R_AFTER,
+    R_FIRST,  # time of the first token, -1 before
+    R_FINISH,  # time of the last token, -1 before
+    R_MISSED,
+) = range(14)
+R_INTS = 14
 
-class Requests(NamedTuple):
-    """Per-request arrays of shape (N, R), int64."""
-
-    arrival: NDArray[np.int64]
-    prompt: NDArray[np.int64]
-    output: NDArray[np.int64]
-    hit: NDArray[np.int64]
-    state: NDArray[np.int64]
-    target: NDArray[np.int64]  # tokens to compute before the next one is sampled
-    done: NDArray[np.int64]  # of them computed
-    generated: NDArray[np.int64]  # tokens generated when it last began to decode
-    joined: NDArray[np.int64]  # iteration count at that time
-    before: NDArray[np.int64]  # running list
-    after: NDArray[np.int64]
-    first: NDArray[np.int64]  # time of the first token, -1 before
-    finish: NDArray[np.int64]  # time of the last token, -1 before
-    missed: NDArray[np.int64]  # 0, 1
-
-
-class Engines(NamedTuple):
-    """Two engines a simulation: the serving one, and the other one during a TP switch."""
-
-    ints: NDArray[np.int64]  # (N, 2, E_INTS)
-    power: NDArray[np.float64]  # (N, 2) of the iteration in flight
-    heap_key: NDArray[np.int64]  # (N, 2, H) finish iterations
-    heap_request: NDArray[np.int64]  # (N, 2, H)
-    phases: NDArray[np.int64]  # (N, 2, 16) decoding requests by the iteration that needs a block
-    stack: NDArray[np.int64]  # (N, 2, H) preempted requests, earliest admitted on top
-
-
-class Physics(NamedTuple):
-    """PhysicsTables of every simulation, stacked along a first axis."""
-
-    tp_degrees: NDArray[np.int64]  # (J,)
-    grid_mhz: NDArray[np.int64]  # (K,)
-    decode_memory_s: NDArray[np.float64]
-    decode_compute_s: NDArray[np.float64]
-    decode_comm_s: NDArray[np.float64]
-    decode_memory_j: NDArray[np.float64]
-    decode_compute_j: NDArray[np.float64]
-    unit: NDArray[np.float64]  # (N, J, U_COLUMNS) per-token and per-engine figures
-    memory_scale: NDArray[np.float64]  # (N, K)
-    compute_scale: NDArray[np.float64]
-    energy_scale: NDArray[np.float64]
-    busy_w: NDArray[np.float64]  # (N, J, K)
-    idle_w: NDArray[np.float64]  # (N, K)
-    kv_blocks: NDArray[np.int64]  # (N, J)
-    whole: NDArray[np.float64]  # (N, G_COLUMNS)
-
-
+# Physics.decode tables, Physics.unit columns and Physics.clock columns
+DECODE_FIELDS = (
+    "decode_memory_s",
+    "decode_compute_s",
+    "decode_comm_s",
+    "decode_memory_j",
+    "decode_compute_j",
+)
+D_MEMORY_S, D_COMPUTE_S, D_COMM_S, D_MEMORY_J, D_COMPUTE_J = range(5)
 UNIT_FIELDS = (
     "kv_memory_s",
     "kv_compute_s",
@@ -167,6 +158,8 @@ UNIT_FIELDS = (
     "startup_w",
     "warmup_s",
     "warmup_w",
+    "kv_blocks",
+    "tp_degrees",
 )
 (
     U_KV_MEMORY_S,
@@ -185,45 +178,53 @@ UNIT_FIELDS = (
     U_STARTUP_W,
     U_WARMUP_S,
     U_WARMUP_W,
-) = range(16)
-TABLE_FIELDS = ("decode_memory_s", "decode_compute_s", "decode_comm_s", "decode_memory_j", "decode_compute_j")
-G_TDP_W, G_CLOCK_DELAY_S, G_GPUS, G_TOKENS = range(4)
+    U_BLOCKS,
+    U_TP,
+) = range(18)
+CLOCK_FIELDS = (
+    "grid_clocks_mhz",
+    "memory_scale",
+    "compute_scale",
+    "memory_energy_scale",
+    "compute_energy_scale",
+    "idle_w",
+)
+K_MHZ, K_MEMORY, K_COMPUTE, K_MEMORY_ENERGY, K_ENERGY, K_IDLE, K_BUSY = range(
+    7
+)  # then busy power, one column a TP degree
 
 
 class Batch(NamedTuple):
-    """State of N simulations."""
+    """State of N simulations. Few, wide arrays: an argument of a compiled call costs time per array."""
 
+    requests: NDArray[np.int64]  # (N, R, R_INTS)
+    engines: NDArray[np.int64]  # (N, 2, ...): the serving engine, and the other one of a TP switch
     ints: NDArray[np.int64]  # (N, S_INTS)
     floats: NDArray[np.float64]  # (N, S_FLOATS)
-    ttfts: NDArray[np.int64]  # (N, SAMPLES)
-    tpots: NDArray[np.int64]  # (N, SAMPLES)
+    samples: NDArray[np.int64]  # (N, 2, SAMPLES) TTFTs and TPOTs of the present window
 
 
-def allocate_requests(n: int, capacity: int) -> Requests:
+class Physics(NamedTuple):
+    """PhysicsTables of N simulations; of one, without the first axis, inside the kernel."""
+
+    decode: NDArray[np.float64]  # (N, J, 5, D)
+    unit: NDArray[np.float64]  # (N, J, columns)
+    clock: NDArray[np.float64]  # (N, K, columns)
+
+
+def allocate_requests(n: int, capacity: int) -> NDArray[np.int64]:
     """Room for ``capacity`` requests in each of ``n`` simulations."""
-    return Requests(*(np.zeros((n, capacity), dtype=np.int64) for _ in Requests._fields))
+    return np.zeros((n, capacity, R_INTS), dtype=np.int64)
 
 
-def allocate_engines(n: int, max_batch: int) -> Engines:
-    """Engines that hold up to ``max_batch`` running requests."""
-    room = max_batch + 2
-    return Engines(
-        np.zeros((n, 2, E_INTS), dtype=np.int64),
-        np.zeros((n, 2)),
-        np.zeros((n, 2, room), dtype=np.int64),
-        np.zeros((n, 2, room), dtype=np.int64),
-        np.zeros((n, 2, BLOCK_TOKENS), dtype=np.int64),
-        np.zeros((n, 2, room), dtype=np.int64),
-    )
-
-
-def allocate_batch(n: int) -> Batch:
-    """Counters of ``n`` simulations."""
+def allocate_batch(n: int, capacity: int, max_batch: int) -> Batch:
+    """State of ``n`` simulations with up to ``capacity`` requests, ``max_batch`` of them running."""
     return Batch(
+        allocate_requests(n, capacity),
+        np.zeros((n, 2, E_KEYS + 3 * (max_batch + 2)), dtype=np.int64),
         np.zeros((n, S_INTS), dtype=np.int64),
         np.zeros((n, S_FLOATS)),
-        np.zeros((n, SAMPLES), dtype=np.int64),
-        np.zeros((n, SAMPLES), dtype=np.int64),
+        np.zeros((n, 2, SAMPLES), dtype=np.int64),
     )
 
 
@@ -232,33 +233,26 @@ def allocate_physics(n: int, tables: PhysicsTables) -> Physics:
     degrees, clocks = tables.busy_w.shape
     decodes = tables.decode_memory_s.shape[1]
     return Physics(
-        tables.tp_degrees.copy(),
-        tables.grid_clocks_mhz.copy(),
-        *(np.zeros((n, degrees, decodes)) for _ in TABLE_FIELDS),
+        np.zeros((n, degrees, len(DECODE_FIELDS), decodes)),
         np.zeros((n, degrees, len(UNIT_FIELDS))),
-        *(np.zeros((n, clocks)) for _ in range(3)),
-        np.zeros((n, degrees, clocks)),
-        np.zeros((n, clocks)),
-        np.zeros((n, degrees), dtype=np.int64),
-        np.zeros((n, 4)),
+        np.zeros((n, clocks, K_BUSY + degrees)),
     )
 
 
 def store_physics(physics: Physics, i: int, tables: PhysicsTables) -> None:
     """Give simulation ``i`` the physics of ``tables``."""
-    for name in TABLE_FIELDS:
-        getattr(physics, name)[i] = getattr(tables, name)
+    for column, name in enumerate(DECODE_FIELDS):
+        physics.decode[i, :, column] = getattr(tables, name)
     for column, name in enumerate(UNIT_FIELDS):
         physics.unit[i, :, column] = getattr(tables, name)
-    physics.memory_scale[i] = tables.memory_scale
-    physics.compute_scale[i] = tables.compute_scale
-    physics.energy_scale[i] = tables.compute_energy_scale
-    physics.busy_w[i] = tables.busy_w
-    physics.idle_w[i] = tables.idle_w
-    physics.kv_blocks[i] = tables.kv_blocks
-    physics.whole[i] = (
-        tables.tdp_w,
-        tables.clock_delay_s,
-        tables.allotted_gpus,
-        tables.max_num_batched_tokens,
-    )
+    for column, name in enumerate(CLOCK_FIELDS):
+        physics.clock[i, :, column] = getattr(tables, name)
+    physics.clock[i, :, K_BUSY:] = tables.busy_w.T
+
+
+def store_constants(batch: Batch, i: int, tables: PhysicsTables) -> None:
+    """Give simulation ``i`` the figures of ``tables`` that hold for the whole deployment."""
+    batch.floats[i, F_TDP_W] = tables.tdp_w
+    batch.floats[i, F_CLOCK_DELAY_S] = tables.clock_delay_s
+    batch.floats[i, F_GPUS] = tables.allotted_gpus
+    batch.floats[i, F_TOKENS] = tables.max_num_batched_tokens

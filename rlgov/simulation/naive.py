@@ -29,14 +29,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlgov.simulation.kernel import iteration
-from rlgov.simulation.layout import BLOCK_TOKENS, G_CLOCK_DELAY_S, G_GPUS, G_TDP_W, G_TOKENS, PS_PER_S
+from rlgov.simulation.layout import (
+    BLOCK_TOKENS,
+    PS_PER_S,
+    Physics,
+    allocate_batch,
+    allocate_physics,
+    store_constants,
+    store_physics,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from rlgov.simulation.layout import Physics
+    from rlgov.simulation.tables import PhysicsTables
     from rlgov.workload.trace import Trace
 
 
@@ -96,35 +104,44 @@ def _blocks(tokens: int) -> int:
 class NaiveSimulation:
     """One deployment under a sequence of settings, one a window.
 
-    ``settings`` holds (grid clock index, batch cap, TP index) a window. ``physics`` holds one
-    simulation (N = 1). ``cost`` is the iteration function; pure Python when the compiled one's
+    ``settings`` holds (grid clock index, batch cap, TP index) a window. ``cost`` is the iteration function; pure Python when the compiled one's
     ``py_func`` is given.
     """
 
     def __init__(
         self,
         trace: Trace,
-        physics: Physics,
+        tables: PhysicsTables,
         settings: Sequence[tuple[int, int, int]],
         interval_s: float,
         *,
         start: tuple[int, int, int],
         cost: Callable[..., tuple[int, float, int]] = iteration,
     ) -> None:
-        self.physics = physics
+        self.tables = tables
+        stacked = allocate_physics(1, tables)
+        store_physics(stacked, 0, tables)
+        self._physics = Physics(stacked.decode[0], stacked.unit[0], stacked.clock[0])
+        batch = allocate_batch(1, 1, 1)
+        store_constants(batch, 0, tables)
+        self._constants = batch.floats[0]
         self.settings = settings
         self.interval = int(interval_s * PS_PER_S + 0.5)
         self.cost = cost
         self.requests = [
             _Request(int(a * PS_PER_S + 0.5), int(p), int(o), int(h), computed=int(h))
             for a, p, o, h in zip(
-                trace.arrival_s, trace.prompt_tokens, trace.output_tokens, trace.prefix_hit_tokens, strict=True
+                trace.arrival_s,
+                trace.prompt_tokens,
+                trace.output_tokens,
+                trace.prefix_hit_tokens,
+                strict=True,
             )
         ]
         self.clock, self.cap, j = start
         self.asked_clock = self.clock
         self.clock_due: int | None = None
-        self.active = _Engine(j, int(physics.kv_blocks[0, j]))
+        self.active = _Engine(j, int(tables.kv_blocks[j]))
         self.old: _Engine | None = None
         self.new: tuple[_Engine, bool] | None = None  # a starting engine, and whether side by side
         self.start_at: int | None = None
@@ -199,23 +216,23 @@ class NaiveSimulation:
         if self.new is None or self.start_at is None:
             msg = "no engine is starting"
             raise RuntimeError(msg)
-        startup, _, warmup, _ = self.physics.unit[0, self.new[0].j, -4:]
-        up = self.start_at + int(startup * PS_PER_S + 0.5)
-        return up, up + int(warmup * PS_PER_S + 0.5)
+        j = self.new[0].j
+        up = self.start_at + int(self.tables.startup_s[j] * PS_PER_S + 0.5)
+        return up, up + int(self.tables.warmup_s[j] * PS_PER_S + 0.5)
 
     def _power_w(self, now: int) -> float:
-        gpus = float(self.physics.whole[0, G_GPUS])
+        gpus = float(self.tables.allotted_gpus)
         power = 0.0
         for engine in self._engines():
             if engine.flying:
                 power += engine.power_w
-                gpus -= float(self.physics.tp_degrees[engine.j])
+                gpus -= float(self.tables.tp_degrees[engine.j])
         if self.new is not None and self.start_at is not None:
             up, _ = self._start_times()
-            _, startup_w, _, warmup_w = self.physics.unit[0, self.new[0].j, -4:]
-            power += float(startup_w if now < up else warmup_w)
-            gpus -= float(self.physics.tp_degrees[self.new[0].j])
-        return power + gpus * float(self.physics.idle_w[0, self.clock])
+            watts = self.tables.startup_w if now < up else self.tables.warmup_w
+            power += float(watts[self.new[0].j])
+            gpus -= float(self.tables.tp_degrees[self.new[0].j])
+        return power + gpus * float(self.tables.idle_w[self.clock])
 
     # ------------------------------------------------------------------ control
 
@@ -223,11 +240,11 @@ class NaiveSimulation:
         clock, self.cap, j = setting
         if clock != self.asked_clock:
             self.asked_clock = clock
-            self.clock_due = now + int(self.physics.whole[0, G_CLOCK_DELAY_S] * PS_PER_S + 0.5)
+            self.clock_due = now + int(self.tables.clock_delay_s * PS_PER_S + 0.5)
         if self.old is None and self.new is None and j != self.active.j:
-            engine = _Engine(j, int(self.physics.kv_blocks[0, j]))
-            degrees = self.physics.tp_degrees
-            side_by_side = degrees[self.active.j] + degrees[j] <= self.physics.whole[0, G_GPUS]
+            engine = _Engine(j, int(self.tables.kv_blocks[j]))
+            degrees = self.tables.tp_degrees
+            side_by_side = degrees[self.active.j] + degrees[j] <= self.tables.allotted_gpus
             self.new = (engine, bool(side_by_side))
             if side_by_side:
                 self.start_at = now
@@ -281,7 +298,7 @@ class NaiveSimulation:
         return last
 
     def _schedule(self, engine: _Engine, now: int) -> None:
-        budget = int(self.physics.whole[0, G_TOKENS])
+        budget = int(self.tables.max_num_batched_tokens)
         plan: list[tuple[_Request, int]] = []
         preempted = False
         at = 0
@@ -304,7 +321,7 @@ class NaiveSimulation:
             at += 1
         while not preempted and engine.queue:
             request = engine.queue[0]
-            if _blocks(request.prompt + request.output) > self.physics.kv_blocks[0, engine.j]:
+            if _blocks(request.prompt + request.output) > self.tables.kv_blocks[engine.j]:
                 engine.queue.pop(0)
                 request.refused = True
                 continue
@@ -330,7 +347,7 @@ class NaiveSimulation:
                 prefill += tokens
                 pairs += tokens * request.computed + tokens * (tokens + 1) // 2
         engine.work = (decodes, context, prefill, pairs)
-        duration, energy, _ = self.cost(self.physics, 0, engine.j, self.clock, *engine.work)
+        duration, energy, _ = self.cost(self._physics, self._constants, engine.j, self.clock, *engine.work)
         engine.scheduled = {id(request): tokens for request, tokens in plan}
         engine.flying = True
         engine.end = now + int(duration)
@@ -340,7 +357,7 @@ class NaiveSimulation:
     def _retime(self, engine: _Engine, now: int) -> None:
         if not engine.flying:
             return
-        duration, energy, _ = self.cost(self.physics, 0, engine.j, self.clock, *engine.work)
+        duration, energy, _ = self.cost(self._physics, self._constants, engine.j, self.clock, *engine.work)
         rest = (engine.end - now) / engine.full
         engine.end = now + int(rest * duration + 0.5)
         engine.full = int(duration)
@@ -364,8 +381,3 @@ class NaiveSimulation:
             else:
                 still.append(request)
         engine.running = still
-
-
-def tdp_w(physics: Physics) -> float:
-    """Power limit of all allotted GPUs together."""
-    return float(physics.whole[0, G_TDP_W] * physics.whole[0, G_GPUS])

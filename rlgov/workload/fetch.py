@@ -149,7 +149,7 @@ def ignore_progress(done_bytes: int, total_bytes: int | None) -> None:
     """Null object for callers that show no progress."""
 
 
-def fetch_trace(  # noqa: PLR0913  # the limits are arguments so that tests need not wait
+def fetch_trace(
     name: str,
     directory: str | Path,
     *,
@@ -303,7 +303,7 @@ class _Download:
             msg = f"HTTP {status} {response.reason}"
             raise _TransientError(msg)
         if status not in (requests.codes.ok, requests.codes.partial_content):
-            msg = f"{self.url}: HTTP {status} {response.reason}; the file may have moved, see its project's page"
+            msg = f"{self.url}: HTTP {status} {response.reason}; has the file moved? See its project"
             raise TraceError(msg)
         if status == requests.codes.ok or _range_start(response) != offset:
             if status != requests.codes.ok:

@@ -147,13 +147,14 @@ def _draw_load(trace: Trace, requests_axes: Axes, tokens_axes: Axes) -> None:
     requests_axes.set_title(f"Arrivals, mean of each {_duration(bin_s)}", loc="left", fontsize=10)
     requests_axes.set_ylabel("requests/s")
     requests_axes.tick_params(labelbottom=False)
-    requests_axes.legend(loc="upper right", fontsize=8)
+    requests_axes.legend(loc="best", fontsize=8)
     tokens_axes.stairs(rate(trace.prompt_tokens), edge_s / unit_s, color=_PROMPT_COLOUR, label="prompt")
     tokens_axes.stairs(rate(trace.output_tokens), edge_s / unit_s, color=_OUTPUT_COLOUR, label="output")
     tokens_axes.set_title("Tokens of the arriving requests", loc="left", fontsize=10)
     tokens_axes.set_ylabel("tokens/s")
+    tokens_axes.yaxis.set_major_formatter("{x:,.0f}")
     tokens_axes.set_xlabel(f"time from the start ({unit})")
-    tokens_axes.legend(loc="upper right", fontsize=8)
+    tokens_axes.legend(loc="best", fontsize=8)
     for axes in (requests_axes, tokens_axes):
         axes.set_xlim(0, trace.duration_s / unit_s)
         axes.set_ylim(bottom=0)
@@ -162,7 +163,7 @@ def _draw_load(trace: Trace, requests_axes: Axes, tokens_axes: Axes) -> None:
 
 def _draw_lengths(axes: Axes, tokens: NDArray[np.int64], summary: TokenSummary, which: str) -> None:
     low, high = summary.minimum, max(summary.maximum, summary.minimum + 1)
-    edges = np.geomspace(low, high, 50)
+    edges = np.geomspace(low, high, 50).tolist()
     colour = _PROMPT_COLOUR if which == "Prompt" else _OUTPUT_COLOUR
     share = np.full(len(tokens), 100.0 / len(tokens))
     axes.hist(tokens, bins=edges, weights=share, color=colour, alpha=0.6)
@@ -173,7 +174,7 @@ def _draw_lengths(axes: Axes, tokens: NDArray[np.int64], summary: TokenSummary, 
     axes.set_title(f"{which} length, mean {summary.mean:,.0f} tokens", loc="left", fontsize=10)
     axes.set_xlabel("tokens (log scale)")
     axes.set_ylabel("share of requests (%)")
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     axes.grid(alpha=0.3)
 
 

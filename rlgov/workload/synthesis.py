@@ -131,7 +131,7 @@ def synthesize(spec: SynthesisSpec, rng: np.random.Generator) -> Trace:
         prompt_tokens,
         output_tokens,
         np.zeros(len(arrival_s), dtype=np.int64),
-        spec.duration_s,
+        float(spec.duration_s),
     )
 
 

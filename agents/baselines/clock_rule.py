@@ -88,12 +88,13 @@ class ClockRule(ABC):
         asked[:, 1:] = self._fixed
         return asked
 
+    @abstractmethod
     def _begin(self, limits: Limits, n: int) -> None:
-        """Reset the state of a rule that has some."""
+        """Look up the rule's settings in these limits and forget the last episode."""
 
     @abstractmethod
     def _clock(self, rows: NDArray[np.float64], blind: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Clock index per row; what it says of blind rows is ignored, its state must not be touched by them."""
+        """Clock index per row. For blind rows it is ignored, and they must leave the state as it was."""
 
 
 def moving_average(

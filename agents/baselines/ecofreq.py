@@ -64,7 +64,8 @@ class EcoFreqPolicy(ClockRule):
     def _begin(self, limits: Limits, n: int) -> None:
         tables = self._tables
         if tuple(tables.tp_degrees.tolist()) != limits.tp_degrees:
-            msg = f"ecofreq: tables are for TP {tables.tp_degrees.tolist()}, limits for {limits.tp_degrees}; use one profile"
+            degrees = tables.tp_degrees.tolist()
+            msg = f"ecofreq: tables are for TP {degrees}, limits for {limits.tp_degrees}; use one profile"
             raise ConfigError(msg)
         grid = np.searchsorted(tables.grid_clocks_mhz, limits.sm_clocks_mhz)
         if grid.max() >= tables.grid_clocks_mhz.size or np.any(

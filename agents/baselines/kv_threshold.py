@@ -47,7 +47,8 @@ class KvThresholdPolicy(ClockRule):
     ) -> None:
         """One clock more than thresholds; both are sorted, a higher use never gets a lower clock."""
         if len(clocks_mhz) != len(thresholds) + 1:
-            msg = f"kv-threshold: {len(thresholds)} thresholds need {len(thresholds) + 1} clocks, not {len(clocks_mhz)}"
+            wanted = len(thresholds) + 1
+            msg = f"kv-threshold: {wanted - 1} thresholds need {wanted} clocks, got {len(clocks_mhz)}"
             raise ConfigError(msg)
         super().__init__("kv-threshold", batch_cap=batch_cap, tp_degree=tp_degree, guarded=guarded)
         self._thresholds = np.sort(np.asarray(thresholds, dtype=np.float64))

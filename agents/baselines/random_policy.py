@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,5 +42,5 @@ class RandomPolicy:
         """The highest of one uniform draw per allowed choice; index 0 where an axis allows none."""
         draws = np.where(mask, self._rng.random(mask.shape), -1.0)
         edges = np.cumsum((0, *self._sizes))
-        parts = [draws[:, a:b].argmax(axis=1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        parts = [draws[:, a:b].argmax(axis=1) for a, b in pairwise(edges)]
         return np.stack(parts, axis=1).astype(np.int64)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TwoLevelSettings:
-    """Any signal at its threshold raises the clock; all below ``release`` of theirs for ``hold_s`` lower it."""
+    """A signal at its threshold raises the clock; all below ``release`` of theirs for ``hold_s`` lower it."""
 
     low_clock_mhz: int
     high_clock_mhz: int

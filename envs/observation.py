@@ -112,16 +112,66 @@ _OBJECTIVES: tuple[_Log, ...] = (
 _LOGS = (*_AVERAGES, *_MISSES, *_COUNTS, *_OBJECTIVES)
 
 _TTFT, _TPOT, _CAP, _CLOCK, _POWER, _ONE = range(6)  # what a ratio is divided by
+# name, unit, column, divisor, upper bound, meaning
 _RATIOS: tuple[tuple[str, str, Column, int, float, str], ...] = (
-    ("oldest_wait", "1/TTFT limit", Column.OLDEST_WAIT_S, _TTFT, LATENCY_RATIO_LIMIT, "age of the oldest request without a first token"),
-    ("ttft_p50", "1/TTFT limit", Column.TTFT_P50_S, _TTFT, LATENCY_RATIO_LIMIT, "median TTFT of the window; 0 when none"),
-    ("ttft_p99", "1/TTFT limit", Column.TTFT_P99_S, _TTFT, LATENCY_RATIO_LIMIT, "p99 TTFT of the window; 0 when none"),
-    ("itl_mean", "1/TPOT limit", Column.ITL_MEAN_S, _TPOT, LATENCY_RATIO_LIMIT, "mean gap between tokens; 0 when none"),
-    ("tpot_p50", "1/TPOT limit", Column.TPOT_P50_S, _TPOT, LATENCY_RATIO_LIMIT, "median TPOT of finished requests; 0 when none"),
-    ("tpot_p99", "1/TPOT limit", Column.TPOT_P99_S, _TPOT, LATENCY_RATIO_LIMIT, "p99 TPOT of finished requests; 0 when none"),
+    (
+        "oldest_wait",
+        "1/TTFT limit",
+        Column.OLDEST_WAIT_S,
+        _TTFT,
+        LATENCY_RATIO_LIMIT,
+        "age of the oldest request without a first token",
+    ),
+    (
+        "ttft_p50",
+        "1/TTFT limit",
+        Column.TTFT_P50_S,
+        _TTFT,
+        LATENCY_RATIO_LIMIT,
+        "median TTFT of the window; 0 when none",
+    ),
+    (
+        "ttft_p99",
+        "1/TTFT limit",
+        Column.TTFT_P99_S,
+        _TTFT,
+        LATENCY_RATIO_LIMIT,
+        "p99 TTFT of the window; 0 when none",
+    ),
+    (
+        "itl_mean",
+        "1/TPOT limit",
+        Column.ITL_MEAN_S,
+        _TPOT,
+        LATENCY_RATIO_LIMIT,
+        "mean gap between tokens; 0 when none",
+    ),
+    (
+        "tpot_p50",
+        "1/TPOT limit",
+        Column.TPOT_P50_S,
+        _TPOT,
+        LATENCY_RATIO_LIMIT,
+        "median TPOT of finished requests; 0 when none",
+    ),
+    (
+        "tpot_p99",
+        "1/TPOT limit",
+        Column.TPOT_P99_S,
+        _TPOT,
+        LATENCY_RATIO_LIMIT,
+        "p99 TPOT of finished requests; 0 when none",
+    ),
     ("cap_use", "1/batch cap", Column.RUNNING, _CAP, 2.0, "running requests over the batch cap in force"),
     ("clock", "1/highest clock", Column.SM_CLOCK_MHZ, _CLOCK, 1.0, "clock asked for"),
-    ("measured_clock", "1/highest clock", Column.MEASURED_CLOCK_MHZ, _CLOCK, 1.0, "clock measured, after throttling"),
+    (
+        "measured_clock",
+        "1/highest clock",
+        Column.MEASURED_CLOCK_MHZ,
+        _CLOCK,
+        1.0,
+        "clock measured, after throttling",
+    ),
     ("power", "1/TDP of all GPUs", Column.ENERGY_J, _POWER, 1.5, "mean power of the window"),
     ("busy", "share", Column.BUSY_FRACTION, _ONE, 1.0, "share of the window in which the engine iterated"),
     ("kv_usage", "share", Column.KV_USAGE, _ONE, 1.0, "KV blocks in use"),
@@ -140,9 +190,18 @@ FEATURES: Final[tuple[Feature, ...]] = (
     *(log.feature for log in _LOGS),
     *(Feature(name, unit, 0.0, high, meaning) for name, unit, _, _, high, meaning in _RATIOS),
     *(Feature(name, "flag", 0.0, 1.0, meaning) for name, meaning in _NONE_FLAGS),
-    Feature("tp_recency", f"t / (t + {TP_RECENCY_S:g} s)", 0.0, 1.0, "time since the last TP switch; 1 when there was none"),
+    Feature(
+        "tp_recency",
+        f"t / (t + {TP_RECENCY_S:g} s)",
+        0.0,
+        1.0,
+        "time since the last TP switch; 1 when there was none",
+    ),
     Feature("tp_share", "1/allotted GPUs", 0.0, 1.0, "GPUs of the engine that takes new requests"),
-    *(Feature(f"tp_is_{k}", "flag", 0.0, 1.0, f"1 when the TP degree in force is {k}") for k in _TP_POSITIONS),
+    *(
+        Feature(f"tp_is_{k}", "flag", 0.0, 1.0, f"1 when the TP degree in force is {k}")
+        for k in _TP_POSITIONS
+    ),
 )
 """The observation table, in column order."""
 
@@ -308,7 +367,6 @@ class ObservationEncoder:
 def observation_table() -> str:
     """The feature table as Markdown, for documentation."""
     lines = ["| # | name | unit | low | high | meaning |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {i} | `{f.name}` | {f.unit} | {f.low:g} | {f.high:g} | {f.meaning} |" for i, f in enumerate(FEATURES)
-    ]
+    for i, f in enumerate(FEATURES):
+        lines.append(f"| {i} | `{f.name}` | {f.unit} | {f.low:g} | {f.high:g} | {f.meaning} |")
     return "\n".join(lines)

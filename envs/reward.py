@@ -56,7 +56,8 @@ class Reference:
     """Mean arrivals in a window of the episode."""
 
     def __post_init__(self) -> None:
-        if not (np.all(np.asarray(self.energy_j_per_window) > 0) and np.all(np.asarray(self.arrivals_per_window) > 0)):
+        values = (self.energy_j_per_window, self.arrivals_per_window)
+        if not all(np.all(np.asarray(value) > 0) for value in values):
             msg = f"a reward reference must be above 0, got {self}; an episode without load needs another one"
             raise ConfigError(msg)
 
@@ -66,7 +67,7 @@ class Reference:
         return cls(0.5 * limits.tdp_w * limits.allotted_gpus * limits.interval_s, limits.interval_s)
 
 
-def reward(  # noqa: PLR0913  # a pure function of everything a reward depends on
+def reward(
     rows: NDArray[np.float64],
     previous_index: NDArray[np.int64],
     applied_index: NDArray[np.int64],

@@ -25,7 +25,17 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "export"})
 TRAIN_MODULES = frozenset(
-    {"gymnasium", "matplotlib", "numba", "pandas", "sb3_contrib", "scipy", "stable_baselines3", "tensorboard", "torch"}
+    {
+        "gymnasium",
+        "matplotlib",
+        "numba",
+        "pandas",
+        "sb3_contrib",
+        "scipy",
+        "stable_baselines3",
+        "tensorboard",
+        "torch",
+    }
 )
 
 _HELP = """A governor for LLM serving: the least energy that still meets the latency objectives.
@@ -116,8 +126,8 @@ def sources(config: Path | None, tokens: Sequence[str]) -> tuple[Env | Dict, ...
     environment = Env(ENVIRONMENT_PREFIX)
     if config is None and not COMMANDS_WITH_SETTINGS.intersection(tokens[:1]):
         return (environment,)
-    from rlgov.commands.sections import sections  # noqa: PLC0415  # loads every schema
-    from rlgov.config import check_environment, read_config_file  # noqa: PLC0415  # loads pydantic
+    from rlgov.commands.sections import sections
+    from rlgov.config import check_environment, read_config_file
 
     schemas = sections()
     check_environment(os.environ, schemas, ENVIRONMENT_PREFIX)
@@ -134,7 +144,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = build_app().meta(tokens, print_error=False, exit_on_error=False, result_action="return_value")
+        result = build_app().meta(
+            tokens, print_error=False, exit_on_error=False, result_action="return_value"
+        )
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
@@ -142,28 +154,33 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) went away. Whatever is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except CycloptsError as error:
-        return _fail(_usage(error))
-    except RlgovError as error:
-        return _fail(str(error))
-    except ImportError as error:
-        missing = _missing_module(error)
-        if missing not in TRAIN_MODULES:
+    except (CycloptsError, RlgovError, ImportError, OSError) as error:
+        message = _explain(error)
+        if message is None:
             raise
-        return _fail(f"this command needs {missing}; install it with: pip install 'rlgov[train]'")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(f"{error.filename}: {error.strerror}")
+        return _fail(message)
     return result if isinstance(result, int) else 0
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for an error that the person at the keyboard can do something about, None for any other."""
+    if isinstance(error, CycloptsError):
+        return _usage(error)
+    if isinstance(error, OSError):
+        return None if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError):
+        missing = _missing_module(error)
+        known = missing in TRAIN_MODULES
+        return f"this command needs {missing}; install it with: pip install 'rlgov[train]'" if known else None
+    return str(error)
 
 
 def _usage(error: CycloptsError) -> str:
     cause = error.__cause__
     if isinstance(error, ValidationError) and cause is not None:
-        import pydantic  # noqa: PLC0415  # loaded already when we come here, but not for --help
+        import pydantic  # loaded by now, but not for --help
 
-        from rlgov.config import explain  # noqa: PLC0415  # as above
+        from rlgov.config import explain
 
         if isinstance(cause, pydantic.ValidationError):
             return explain(cause)

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rlgov.errors import ConfigError
 
@@ -168,7 +176,9 @@ def read_config_file(path: Path, sections: Mapping[str, type[BaseModel]]) -> dic
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must map sections to settings, such as 'train:' with indented lines below")
+        raise ConfigError(
+            f"{path}: must map sections to settings, such as 'train:' with indented lines below"
+        )
     for section, values in content.items():
         if section not in sections:
             raise ConfigError(f"{path}: unknown section {section!r}; {nearest(str(section), sections)}")
@@ -184,7 +194,9 @@ def _refuse_unknown(path: Path, prefix: str, values: Mapping[Any, Any], model: t
     for name, value in values.items():
         field = model.model_fields.get(name)
         if field is None:
-            raise ConfigError(f"{path}: unknown name {prefix}.{name}; {nearest(str(name), model.model_fields)}")
+            raise ConfigError(
+                f"{path}: unknown name {prefix}.{name}; {nearest(str(name), model.model_fields)}"
+            )
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             if not isinstance(value, dict):
                 raise ConfigError(f"{path}: {prefix}.{name} must map names to values, not be {value!r}")
@@ -207,7 +219,9 @@ def check_environment(
         known = {start + name.upper().replace(".", "_") for name in _paths(model)}
         for variable in sorted(environment):
             if variable.startswith(start) and variable not in known:
-                raise ConfigError(f"environment variable {variable} names no setting; {nearest(variable, known)}")
+                raise ConfigError(
+                    f"environment variable {variable} names no setting; {nearest(variable, known)}"
+                )
 
 
 def _paths(model: type[BaseModel]) -> list[str]:

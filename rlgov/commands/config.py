@@ -75,7 +75,10 @@ def _rows(app: App, section: str) -> Iterator[tuple[str, Any, str]]:
 def _effective(argument: Argument) -> tuple[Any, str]:
     tokens = argument.tokens
     if tokens:
-        values = [token.value if token.value or token.implicit_value is None else token.implicit_value for token in tokens]
+        values = [
+            token.value if token.value or token.implicit_value is None else token.implicit_value
+            for token in tokens
+        ]
         source = tokens[0].keyword if tokens[0].source == "env" else tokens[0].source
         return (values if len(values) > 1 else values[0]), str(source)
     if argument.required:

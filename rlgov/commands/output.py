@@ -7,9 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 """The flag of every command that reports."""
@@ -25,3 +28,37 @@ def put_fields(title: str, fields: Mapping[str, object]) -> None:
     width = max((len(name) for name in fields), default=0)
     lines = [title, *(f"  {name:<{width}}  {value}" for name, value in fields.items())]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+class Progress:
+    """Progress on standard error: a bar on a terminal, elsewhere a line for every tenth."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
+        self._tenths = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Tell that ``done`` of ``total`` jobs are finished, the last one being of ``what``."""
+        if self._terminal:
+            if self._bar is None:
+                self._bar = tqdm(total=total, file=sys.stderr, leave=False)
+            self._bar.set_description(what, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        tenths = 10 * done // total
+        if tenths > self._tenths:
+            self._tenths = tenths
+            sys.stderr.write(f"{what}: {done} of {total}\n")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+
 def sections() -> dict[str, type[BaseModel]]:
     """The record of settings of each section, in the order people meet them."""
     from rlgov.agents.train_config import TrainConfig

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from rlgov import cli
+from rlgov.agents.train import TrainResult
+from rlgov.agents.train_config import TrainConfig
 from rlgov.errors import TraceError
 
 HEAVY = ("torch", "numba", "gymnasium", "pandas", "scipy", "matplotlib", "stable_baselines3", "llvmlite")
@@ -40,7 +42,14 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["replay", "--help"], ["demo", "--help"], ["config", "show"], ["profile", "list"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["replay", "--help"],
+        ["demo", "--help"],
+        ["config", "show"],
+        ["profile", "list"],
+    ],
     ids=" ".join,
 )
 def test_help_and_settings_import_nothing_heavy(arguments: list[str]) -> None:
@@ -106,21 +115,20 @@ def test_the_file_can_be_named_by_the_environment(
     assert _settings(capsys, "replay")["replay.seeds"] == ("5", str(path))
 
 
-def test_a_flag_wins_over_environment_and_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flag_wins_over_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text("train:\n  out: from-file\n  seed: 3\n", encoding="utf-8")
     monkeypatch.setenv("RLGOV_TRAIN_SEED", "7")
-    seen: list[Any] = []
-    monkeypatch.setattr("rlgov.commands.train.train.__kwdefaults__", {"json": False})
-    application = cli.build_app()
-    tokens = ["train", "--seed", "9"]
-    application.config = cli.sources(path, tokens)
-    _, bound, _ = application.parse_args(tokens, print_error=False, exit_on_error=False)
-    seen.append(bound.arguments["settings"])
-    assert seen[0].seed == 9
-    assert str(seen[0].out) == "from-file"
+    asked: list[TrainConfig] = []
+
+    def take(settings: TrainConfig) -> TrainResult:
+        asked.append(settings)
+        return TrainResult(settings.out, 0, interrupted=True, best=None, bundle=None)
+
+    monkeypatch.setattr("rlgov.agents.train.train", take)
+    assert cli.run(["train", "--seed", "9", "--config", str(path)]) == 0
+    assert cli.run(["train", "--config", str(path)]) == 0
+    assert [(settings.seed, str(settings.out)) for settings in asked] == [(9, "from-file"), (7, "from-file")]
 
 
 def test_unknown_names_in_file_and_environment_end_with_code_2(
@@ -191,7 +199,7 @@ def test_an_error_that_is_no_ones_fault_is_not_hidden(monkeypatch: pytest.Monkey
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    code = f"import sys, rlgov.cli; sys.exit(rlgov.cli.run(['config', 'schema']))"
+    code = "import sys, rlgov.cli; sys.exit(rlgov.cli.run(['config', 'schema']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

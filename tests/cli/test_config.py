@@ -60,7 +60,9 @@ def test_a_missing_file_and_a_binary_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_sets_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="RLGOV_TRAIN_SEDE names no setting; did you mean 'RLGOV_TRAIN_SEED'"):
+    with pytest.raises(
+        ConfigError, match="RLGOV_TRAIN_SEDE names no setting; did you mean 'RLGOV_TRAIN_SEED'"
+    ):
         check_environment({"RLGOV_TRAIN_SEDE": "1"}, SECTIONS)
 
 

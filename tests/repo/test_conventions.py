@@ -42,13 +42,15 @@ def test_every_ignored_type_error_has_code_and_reason(repository: Path) -> None:
         if path.suffix != ".py":
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if re.search(r"#\s*type:\s*ignore", line) and not re.search(r"type: ignore\[[\w, -]+\]\s+#\s*\w", line):
+            if re.search(r"#\s*type:\s*ignore", line) and not re.search(
+                r"type: ignore\[[\w, -]+\]\s+#\s*\w", line
+            ):
                 bare.append(f"{path.relative_to(repository)}:{number}")
     assert bare == []
 
 
 def test_nothing_is_left_to_do(repository: Path) -> None:
-    marks = re.compile("TO" "DO|FIX" "ME|X" "XX")
+    marks = re.compile("TODO|FIXME|XXX")
     found = [
         f"{path.relative_to(repository)}:{number}"
         for path in _tracked(repository)

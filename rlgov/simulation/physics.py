@@ -19,11 +19,11 @@ from rlgov.errors import ProfileError
 from rlgov.simulation.tables import PhysicsTables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from rlgov.simulation.profile import Profile
+    from rlgov.simulation.profile import DecodeRow, Gpu, Model, Profile
 
     Floats = NDArray[np.float64]
 
@@ -42,21 +42,21 @@ NOMINAL = ParameterDraw()
 
 
 def draw_parameters(profile: Profile, rng: np.random.Generator) -> ParameterDraw:
-    """Draw every prior uniformly from its range; fitted and measured values stay."""
+    """Draw every prior and fitted parameter uniformly from its range; measured values stay."""
     return ParameterDraw(
         MappingProxyType(
             {
                 name: float(rng.uniform(p.low, p.high))
                 for name, p in profile.parameters.items()
-                if p.kind == "prior" and p.high > p.low
+                if p.kind != "measured" and p.high > p.low
             }
         )
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """Time and energy of decode iterations of D sequences (one TP degree), context excluded."""
+class DecodeWork:
+    """Decode iterations of D sequences in one TP group, their context excluded, at the highest clock."""
 
     memory_s: Floats
     compute_s: Floats
@@ -66,117 +66,138 @@ class _Work:
 
     @property
     def total_s(self) -> Floats:
+        """Time of the iteration above any host floor."""
         return self.memory_s + self.compute_s + self.comm_s
 
+    @property
+    def total_j(self) -> Floats:
+        """Energy of the work, without what the group draws anyway."""
+        return self.memory_j + self.compute_j
 
-class _Physics:
-    """The physics of one profile under one draw of its parameters."""
 
-    def __init__(self, profile: Profile, draw: ParameterDraw) -> None:
-        self.profile = profile
-        known = dict(profile.parameters.items())
-        unknown = set(draw.values) - set(known)
-        if unknown:
-            msg = f"the draw names parameters that profile {profile.name} lacks: {sorted(unknown)}"
-            raise ProfileError(msg)
-        self.p = {name: draw.values.get(name, parameter.value) for name, parameter in known.items()}
-        self.all_reduce_bytes_per_s = {row.tp_degree: row.bytes_per_s for row in profile.all_reduce}
+@dataclass(frozen=True, slots=True)
+class Physics:
+    """Time and energy of one model on one card under given parameters (``profile.Parameters`` by name)."""
 
-    # clock -----------------------------------------------------------------------------------
-
-    def voltage(self, x: Floats) -> Floats:
-        slope = (self.p["voltage_at_max"] - 1.0) / (1.0 - self.p["voltage_knee"])
-        return np.maximum(1.0, 1.0 + slope * (x - self.p["voltage_knee"]))
+    gpu: Gpu
+    model: Model
+    p: Mapping[str, float]
+    all_reduce_bytes_per_s: Mapping[int, float]  # by TP degree
 
     def voltage_squared(self, x: Floats) -> Floats:
         """V(x)^2 relative to the highest clock."""
-        return (self.voltage(x) / self.p["voltage_at_max"]) ** 2
+        slope = (self.p["voltage_at_max"] - 1.0) / (1.0 - self.p["voltage_knee"])
+        voltage = np.maximum(1.0, 1.0 + slope * (x - self.p["voltage_knee"]))
+        return (voltage / self.p["voltage_at_max"]) ** 2
 
-    # iterations ------------------------------------------------------------------------------
+    def memory_scale(self, x: Floats) -> Floats:
+        """Slow-down of memory at a clock fraction."""
+        return 1.0 / np.minimum(1.0, x / self.p["memory_knee"])
 
-    def comm_s_per_token(self, tp: int) -> float:
+    def memory_energy_scale(self, x: Floats) -> Floats:
+        """Energy of a byte read, relative to the highest clock."""
+        share = self.p["memory_clocked_share"]
+        return 1.0 - share + share * x * self.voltage_squared(x) * self.memory_scale(x)
+
+    def busy_w(self, tp: int, x: Floats) -> Floats:
+        """Power of an iterating TP group before its work."""
+        return tp * (self.p["constant_w"] + self.p["clocked_w"] * x * self.voltage_squared(x))
+
+    def idle_w(self, x: Floats) -> Floats:
+        """Power of one GPU with nothing to do."""
+        low_w, high_w = self.p["idle_low_w"], self.p["idle_high_w"]
+        return low_w + (high_w - low_w) * x * self.voltage_squared(x)
+
+    def comm_s(self, tp: int) -> float:
+        """All-reduce time per token: two a layer, bf16 activations."""
         if tp == 1:
             return 0.0
-        model = self.profile.model
-        message_bytes = model.hidden * 2.0  # bf16 activations
-        return 2.0 * model.layers * message_bytes / self.all_reduce_bytes_per_s[tp]
+        return 2.0 * self.model.layers * self.model.hidden * 2.0 / self.all_reduce_bytes_per_s[tp]
 
     def kv_s(self, tp: int) -> float:
-        model, gpu = self.profile.model, self.profile.gpu
-        return model.kv_bytes_per_token / (tp * gpu.hbm_bytes_per_s * self.p["kv_efficiency"])
+        """Time to read the KV of one context token."""
+        return self.model.kv_bytes_per_token / (tp * self.gpu.hbm_bytes_per_s * self.p["kv_efficiency"])
 
-    def decode(self, tp: int, batch: Floats) -> _Work:
-        """Uncorrected. ``batch`` 0 is an iteration that only prefills."""
-        model, gpu, p = self.profile.model, self.profile.gpu, self.p
+    def kv_j(self) -> float:
+        """Energy to read it."""
+        return self.model.kv_bytes_per_token * self.p["kv_j_per_byte"]
+
+    def prefill_s(self, tp: int) -> float:
+        """Arithmetic time per prompt token."""
+        peak_flop_per_s = tp * self.gpu.peak_bf16_flop_per_s
+        return 2.0 * self.model.matrix_parameters / (peak_flop_per_s * self.p["prefill_mfu"])
+
+    def attention_s(self, tp: int) -> float:
+        """Arithmetic time per (query, key) pair of a prefill."""
+        peak_flop_per_s = tp * self.gpu.peak_bf16_flop_per_s
+        return self.model.attention_flop_per_pair / (peak_flop_per_s * self.p["attention_mfu"])
+
+    def decode(self, tp: int, batch: Floats) -> DecodeWork:
+        """Decode by physics alone. ``batch`` 0 stands for an iteration that only prefills."""
+        gpu, model, p = self.gpu, self.model, self.p
         weight_bytes = model.matrix_parameters * model.bytes_per_weight
         flop = 2.0 * model.matrix_parameters * batch
         read_s = weight_bytes / (tp * gpu.hbm_bytes_per_s * p["weight_efficiency"])
         multiply_s = flop / (tp * gpu.peak_bf16_flop_per_s * p["gemm_mfu"])
-        # Kernels overlap loads with arithmetic: a 2-norm per matrix multiplication (vidur), split so
-        # that both parts add up and the derivative by the clock is right.
+        # Kernels overlap loads with arithmetic: a 2-norm, split so that the two parts add up to it and
+        # its derivative by the clock is the compute part.
         gemm_s = np.hypot(read_s, multiply_s)
         layers_s = model.layers * p["layer_overhead_s"]
         sequences_s = batch * p["sequence_overhead_s"]
         layer_share, sequence_share = p["layer_overhead_clock_share"], p["sequence_overhead_clock_share"]
         latency_s = 2.0 * model.layers * p["all_reduce_latency_s"] if tp > 1 else 0.0
-        return _Work(
-            memory_s=read_s**2 / gemm_s
-            + layers_s * (1.0 - layer_share)
-            + sequences_s * (1.0 - sequence_share),
+        fixed_s = layers_s * (1.0 - layer_share) + sequences_s * (1.0 - sequence_share)
+        return DecodeWork(
+            memory_s=read_s**2 / gemm_s + fixed_s,
             compute_s=multiply_s**2 / gemm_s + layers_s * layer_share + sequences_s * sequence_share,
-            comm_s=latency_s + batch * self.comm_s_per_token(tp),
-            memory_j=np.full_like(batch, weight_bytes * p["dram_j_per_byte"]),
-            compute_j=weight_bytes * p["onchip_j_per_byte"] + flop * p["flop_j"] + batch * p["sequence_j"],
+            comm_s=latency_s + batch * self.comm_s(tp),
+            memory_j=np.full_like(batch, weight_bytes * p["weight_j_per_byte"]),
+            compute_j=flop * p["flop_j"],
         )
 
-    def busy_w(self, tp: int, x: Floats) -> Floats:
-        return tp * (self.p["constant_w"] + self.p["clocked_w"] * x * self.voltage_squared(x))
 
-    def kv_memory_j(self) -> float:
-        return self.profile.model.kv_bytes_per_token * self.p["dram_j_per_byte"]
+def profile_physics(profile: Profile, draw: ParameterDraw = NOMINAL) -> Physics:
+    """The physics of a profile, without what its measured rows add."""
+    known = dict(profile.parameters.items())
+    unknown = set(draw.values) - set(known)
+    if unknown:
+        msg = f"the draw names parameters that profile {profile.name} lacks: {sorted(unknown)}"
+        raise ProfileError(msg)
+    values = {name: draw.values.get(name, parameter.value) for name, parameter in known.items()}
+    bandwidths = {row.tp_degree: row.bytes_per_s for row in profile.all_reduce}
+    return Physics(profile.gpu, profile.model, MappingProxyType(values), MappingProxyType(bandwidths))
 
-    def kv_compute_j(self) -> float:
-        return self.profile.model.kv_bytes_per_token * self.p["onchip_j_per_byte"]
 
-    # measured rows ---------------------------------------------------------------------------
+def corrected_decode(physics: Physics, rows: Sequence[DecodeRow], tp: int, batch: Floats) -> DecodeWork:
+    """Decode work corrected so that it reproduces the measured rows of this or the nearest TP degree.
 
-    def corrected(self, tp: int, batch: Floats) -> _Work:
-        """Decode work with the correction that reproduces the measured rows."""
-        plain = self.decode(tp, batch)
-        nearest = self._nearest_measured(tp)
-        if nearest is None:
-            return plain
-        rows = sorted(
-            (r for r in self.profile.decode_rows if r.tp_degree == nearest), key=lambda r: r.batch
-        )
-        at = np.array([r.batch for r in rows])
-        context = at * np.array([r.context_tokens for r in rows])
-        measured_s = np.array([r.iteration_s for r in rows])
-        reference = self.decode(nearest, at)
-        ratio_s = (measured_s - self.kv_s(nearest) * context) / reference.total_s
-        ratio_s = np.maximum(ratio_s, _LEAST_CORRECTION)
-        # Only the V^2 part of the energy is corrected: DRAM and constant power stay as assumed.
-        energy_j = measured_s * nearest * np.array([r.power_w for r in rows])
-        rest_j = (
-            self.busy_w(nearest, np.ones(1))[0] * measured_s
-            + reference.memory_j
-            + context * (self.kv_memory_j() + self.kv_compute_j())
-        )
-        ratio_j = np.maximum((energy_j - rest_j) / reference.compute_j, _LEAST_CORRECTION)
-        log_batch = np.log(np.maximum(batch, 1.0))
-        time_ratio = np.interp(log_batch, np.log(at), ratio_s)
-        energy_ratio = np.interp(log_batch, np.log(at), ratio_j)
-        return _Work(
-            memory_s=plain.memory_s * time_ratio,
-            compute_s=plain.compute_s * time_ratio,
-            comm_s=plain.comm_s * time_ratio,
-            memory_j=plain.memory_j,
-            compute_j=plain.compute_j * energy_ratio,
-        )
-
-    def _nearest_measured(self, tp: int) -> int | None:
-        measured = sorted({r.tp_degree for r in self.profile.decode_rows}, key=lambda m: (abs(m - tp), m))
-        return measured[0] if measured else None
+    The ratio of measured to physical work is interpolated in log(batch) and constant outside the rows.
+    """
+    plain = physics.decode(tp, batch)
+    if not rows:
+        return plain
+    nearest = min({r.tp_degree for r in rows}, key=lambda degree: (abs(degree - tp), degree))
+    used = sorted((r for r in rows if r.tp_degree == nearest), key=lambda r: r.batch)
+    at = np.array([r.batch for r in used])
+    context_tokens = at * np.array([r.context_tokens for r in used])
+    measured_s = np.array([r.iteration_s for r in used])
+    measured_j = measured_s * nearest * np.array([r.power_w for r in used])
+    reference = physics.decode(nearest, at)
+    busy_w = float(physics.busy_w(nearest, np.ones(1))[0])
+    work_s = measured_s - physics.kv_s(nearest) * context_tokens
+    work_j = measured_j - busy_w * measured_s - physics.kv_j() * context_tokens
+    ratio_s = np.maximum(work_s / reference.total_s, _LEAST_CORRECTION)
+    ratio_j = np.maximum(work_j / reference.total_j, _LEAST_CORRECTION)
+    log_batch, log_at = np.log(np.maximum(batch, 1.0)), np.log(at)
+    time_ratio = np.interp(log_batch, log_at, ratio_s)
+    energy_ratio = np.interp(log_batch, log_at, ratio_j)
+    return DecodeWork(
+        memory_s=plain.memory_s * time_ratio,
+        compute_s=plain.compute_s * time_ratio,
+        comm_s=plain.comm_s * time_ratio,
+        memory_j=plain.memory_j * energy_ratio,
+        compute_j=plain.compute_j * energy_ratio,
+    )
 
 
 def build_tables(
@@ -190,56 +211,52 @@ def build_tables(
         draw: parameter values instead of the nominal ones.
 
     Returns:
-        Tables with every array non-negative and power increasing in the clock.
+        Tables with every array non-negative and the power of any iteration increasing in the clock.
     """
-    physics = _Physics(profile, NOMINAL if draw is None else draw)
-    p, gpu, model, shape = physics.p, profile.gpu, profile.model, profile.deployment
-    tps = shape.tp_degrees
+    physics = profile_physics(profile, NOMINAL if draw is None else draw)
+    p, shape, tps = physics.p, profile.deployment, profile.deployment.tp_degrees
     batch = np.arange((shape.batch_caps[0] if max_batch is None else max_batch) + 1, dtype=np.float64)
-    grid = np.array(gpu.grid_clocks_mhz, dtype=np.int64)
-    x = grid / float(gpu.sm_clock_max_mhz)
-    work = [physics.corrected(tp, batch) for tp in tps]
-    flop_s = [1.0 / (tp * gpu.peak_bf16_flop_per_s) for tp in tps]
-    ones = np.ones(len(tps))
+    grid = np.array(profile.gpu.grid_clocks_mhz, dtype=np.int64)
+    x = grid / float(profile.gpu.sm_clock_max_mhz)
+    work = [corrected_decode(physics, profile.decode_rows, tp, batch) for tp in tps]
+    each, gpus = np.ones(len(tps)), np.array(tps, dtype=np.float64)
     kv_s = np.array([physics.kv_s(tp) for tp in tps])
-    voltage_squared = physics.voltage_squared(x)
+    prefill_j = 2.0 * profile.model.matrix_parameters * p["flop_j"]
+    startup_s = p["wake_s"] if profile.standby == "asleep" else p["cold_start_s"]
     return PhysicsTables(
         tp_degrees=np.array(tps, dtype=np.int64),
         allotted_gpus=shape.allotted_gpus,
         grid_clocks_mhz=grid,
-        tdp_w=gpu.tdp_w,
+        tdp_w=profile.gpu.tdp_w,
         decode_memory_s=_rounded(np.stack([w.memory_s for w in work])),
         decode_compute_s=_rounded(np.stack([w.compute_s for w in work])),
         decode_comm_s=_rounded(np.stack([w.comm_s for w in work])),
         kv_memory_s=_rounded(kv_s * (1.0 - p["kv_clock_share"])),
         kv_compute_s=_rounded(kv_s * p["kv_clock_share"]),
-        prefill_memory_s=0.0 * ones,
-        prefill_compute_s=_rounded(
-            np.array([2.0 * model.matrix_parameters * s / p["prefill_mfu"] for s in flop_s])
-        ),
-        prefill_comm_s=_rounded(np.array([physics.comm_s_per_token(tp) for tp in tps])),
-        attention_compute_s=_rounded(
-            np.array([model.attention_flop_per_pair * s / p["attention_mfu"] for s in flop_s])
-        ),
-        host_s=_rounded(p["host_floor_s"] * ones),
+        prefill_memory_s=0.0 * each,
+        prefill_compute_s=_rounded(np.array([physics.prefill_s(tp) for tp in tps])),
+        prefill_comm_s=_rounded(np.array([physics.comm_s(tp) for tp in tps])),
+        attention_compute_s=_rounded(np.array([physics.attention_s(tp) for tp in tps])),
+        host_s=_rounded(p["host_floor_s"] * each),
         decode_memory_j=_rounded(np.stack([w.memory_j for w in work])),
         decode_compute_j=_rounded(np.stack([w.compute_j for w in work])),
-        kv_memory_j=_rounded(physics.kv_memory_j() * ones),
-        kv_compute_j=_rounded(physics.kv_compute_j() * ones),
-        prefill_memory_j=0.0 * ones,
-        prefill_compute_j=_rounded(2.0 * model.matrix_parameters * p["flop_j"] * ones),
-        attention_compute_j=_rounded(model.attention_flop_per_pair * p["flop_j"] * ones),
-        memory_scale=_rounded(1.0 / np.minimum(1.0, x / p["memory_knee"])),
+        kv_memory_j=_rounded(physics.kv_j() * each),
+        kv_compute_j=0.0 * each,
+        prefill_memory_j=0.0 * each,
+        prefill_compute_j=_rounded(prefill_j * each),
+        attention_compute_j=_rounded(profile.model.attention_flop_per_pair * p["flop_j"] * each),
+        memory_scale=_rounded(physics.memory_scale(x)),
         compute_scale=_rounded(1.0 / x),
-        compute_energy_scale=_rounded(voltage_squared),
+        compute_energy_scale=_rounded(physics.voltage_squared(x)),
+        memory_energy_scale=_rounded(physics.memory_energy_scale(x)),
         busy_w=_rounded(np.stack([physics.busy_w(tp, x) for tp in tps])),
-        idle_w=_rounded(p["idle_low_w"] + (p["idle_high_w"] - p["idle_low_w"]) * x * voltage_squared),
+        idle_w=_rounded(physics.idle_w(x)),
         kv_blocks=np.array([profile.kv_capacity_blocks(tp) for tp in tps], dtype=np.int64),
-        startup_s=_rounded((p["wake_s"] if profile.standby == "asleep" else p["cold_start_s"]) * ones),
-        startup_w=_rounded(p["startup_w"] * np.array(tps)),
-        warmup_s=_rounded(p["warmup_s"] * ones),
-        warmup_w=_rounded(p["warmup_w"] * np.array(tps)),
-        clock_delay_s=float(f"{p['clock_delay_s']:.{_DIGITS}g}"),
+        startup_s=_rounded(startup_s * each),
+        startup_w=_rounded(p["startup_w"] * gpus),
+        warmup_s=_rounded(p["warmup_s"] * each),
+        warmup_w=_rounded(p["warmup_w"] * gpus),
+        clock_delay_s=float(_rounded(np.array([p["clock_delay_s"]]))[0]),
         max_num_batched_tokens=shape.max_num_batched_tokens,
     )
 
@@ -253,7 +270,12 @@ def _rounded(values: Floats) -> Floats:
 
 
 def iteration_time_s(  # the six numbers that define an iteration
-    tables: PhysicsTables, j: int, k: int, decodes: int, context_tokens: float, prefill_tokens: float,
+    tables: PhysicsTables,
+    j: int,
+    k: int,
+    decodes: int,
+    context_tokens: float,
+    prefill_tokens: float,
     pairs: float,
 ) -> float:
     """Duration of one iteration of the engine at TP index ``j`` and grid clock ``k``.
@@ -285,7 +307,12 @@ def iteration_time_s(  # the six numbers that define an iteration
 
 
 def iteration_energy_j(
-    tables: PhysicsTables, j: int, k: int, decodes: int, context_tokens: float, prefill_tokens: float,
+    tables: PhysicsTables,
+    j: int,
+    k: int,
+    decodes: int,
+    context_tokens: float,
+    prefill_tokens: float,
     pairs: float,
 ) -> float:
     """Energy of the TP group in that iteration; arguments as in :func:`iteration_time_s`."""
@@ -302,11 +329,20 @@ def iteration_energy_j(
         + t.attention_compute_j[j] * pairs
     )
     duration_s = iteration_time_s(t, j, k, decodes, context_tokens, prefill_tokens, pairs)
-    return float(t.busy_w[j, k] * duration_s + memory_j + t.compute_energy_scale[k] * compute_j)
+    return float(
+        t.busy_w[j, k] * duration_s
+        + t.memory_energy_scale[k] * memory_j
+        + t.compute_energy_scale[k] * compute_j
+    )
 
 
 def effective_clock_index(
-    tables: PhysicsTables, j: int, k: int, decodes: int, context_tokens: float, prefill_tokens: float,
+    tables: PhysicsTables,
+    j: int,
+    k: int,
+    decodes: int,
+    context_tokens: float,
+    prefill_tokens: float,
     pairs: float,
 ) -> int:
     """The highest grid index up to ``k`` at which the iteration stays within TDP; 0 if none does."""

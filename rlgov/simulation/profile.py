@@ -175,10 +175,10 @@ class Parameters(_Part):
     voltage_at_max: Parameter  # V(f_max) / V(below the knee)
     constant_w: Parameter  # clock-independent, while iterating
     clocked_w: Parameter  # f V^2, while iterating, whatever the work
-    dram_j_per_byte: Parameter  # clock-independent
-    onchip_j_per_byte: Parameter  # V^2
+    weight_j_per_byte: Parameter
+    kv_j_per_byte: Parameter
+    memory_clocked_share: Parameter  # share of both that goes with f V^2; the rest is DRAM
     flop_j: Parameter  # V^2
-    sequence_j: Parameter  # V^2, per decoding sequence and iteration
     idle_low_w: Parameter  # loaded but without work, at the lowest clock
     idle_high_w: Parameter  # the same at the highest
     # actuation

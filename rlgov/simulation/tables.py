@@ -11,11 +11,14 @@ prefills P prompt tokens that attend to A (query, key) pairs takes
 
 and the whole TP group spends
 
-    E = busy_w[j, k] t + (decode_memory_j[j, D] + kv_memory_j[j] C + prefill_memory_j[j] P)
+    E = busy_w[j, k] t
+        + memory_energy_scale[k] (decode_memory_j[j, D] + kv_memory_j[j] C + prefill_memory_j[j] P)
         + compute_energy_scale[k] (decode_compute_j[j, D] + kv_compute_j[j] C + prefill_compute_j[j] P
                                    + attention_compute_j[j] A).
 
-Energy is linear in work, so power E / t follows utilisation as measured (``P0 + a u_mem + b u_comp``).
+While memory is read, the chip around it burns ``f V^2``, so part c of that energy falls with the clock
+although the reading takes as long. Energy is linear in work, so power E / t follows utilisation as
+measured (``P0 + a u_mem + b u_comp``).
 Where E / t exceeds TDP times tp, the iteration runs at the highest lower grid clock that fits.
 A GPU that does nothing draws ``idle_w[k]``; D = 0 rows are iterations without decodes.
 Form: calibration of the ML.ENERGY, MuxServe and clock-sweep measurements; see simulation/physics.py.
@@ -62,6 +65,7 @@ class PhysicsTables:
     memory_scale: NDArray[np.float64]  # (K,) 1 / min(1, x / 0.43)
     compute_scale: NDArray[np.float64]  # (K,) 1 / x
     compute_energy_scale: NDArray[np.float64]  # (K,) V(x)^2 / V(1)^2
+    memory_energy_scale: NDArray[np.float64]  # (K,) 1 - c + c x V(x)^2 / V(1)^2 memory_scale
     busy_w: NDArray[np.float64]  # (J, K) group power of an iterating engine before its work
     idle_w: NDArray[np.float64]  # (K,) one GPU with nothing to do
     # engine

@@ -148,8 +148,9 @@ class ObservationStatistics:
         """Mahalanobis distance of each row to the training observations, in standard deviations."""
         centred = observations.astype(np.float64) - self.mean
         ridged = self.covariance + RIDGE * np.eye(self.mean.size)
-        squared = np.einsum("ij,ij->i", centred, np.linalg.solve(ridged, centred.T).T)
-        return np.sqrt(np.maximum(squared, 0.0))
+        squared = (centred * np.linalg.solve(ridged, centred.T).T).sum(axis=1)
+        distance: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0.0))
+        return distance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -385,7 +386,7 @@ class BundlePolicy:
         if observation.ndim != 2 or observation.shape[1] != expected:  # noqa: PLR2004 - (n, features)
             msg = f"{self.name}: expected observations (n, {expected}), got shape {observation.shape}"
             raise BundleError(msg)
-        sound = np.isfinite(observation).all(axis=1)
+        sound: NDArray[np.bool_] = np.isfinite(observation).all(axis=1)
         x = np.where(sound[:, None], observation, 0.0).astype(np.float64)
         for weight, bias in self._layers[:-1]:
             x = x @ weight + bias

@@ -61,7 +61,7 @@ class KvThresholdPolicy(ClockRule):
     def _clock(self, rows: NDArray[np.float64], blind: NDArray[np.bool_]) -> NDArray[np.int64]:  # noqa: ARG002
         # NaN sorts above every threshold: an unknown use gets the top band
         band = np.searchsorted(self._thresholds, rows[:, Column.KV_USAGE], side="right")
-        return self._indices[band]
+        return self._indices[np.asarray(band, dtype=np.int64)]
 
 
 def _space(limits: Limits) -> tuple[Dimension, ...]:

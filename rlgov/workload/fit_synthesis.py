@@ -33,7 +33,7 @@ _MAX_ROUNDS = 300
 _TOLERANCE = 1e-6
 _EMPTY_WEIGHT = 4.0
 _PRIOR_WEIGHT = 0.02  # settles directions that the figures leave open
-_QUADRATURE_POINTS = 400
+_QUADRATURE_POINTS = 2000
 
 
 def fit_lengths(trace: Trace, *, seed: int = 0, components: int = COMPONENTS) -> LengthMixture:
@@ -71,7 +71,10 @@ def fit_burstiness(trace: Trace) -> Burstiness:
 
     def residuals(x: NDArray[np.float64], start: NDArray[np.float64]) -> NDArray[np.float64]:
         model = _from_unbounded(x)
-        fit = np.log([model_dispersion(model, rate_per_s, window_s) for window_s in WINDOWS_S]) - measured
+        expected = [
+            model_sample_dispersion(model, rate_per_s, window_s, trace.duration_s) for window_s in WINDOWS_S
+        ]
+        fit = np.log(expected) - measured
         empty = model_empty_share(model, rate_per_s, EMPTY_WINDOW_S) - measured_empty
         return np.concatenate([fit, [_EMPTY_WEIGHT * empty], _PRIOR_WEIGHT * (x - start)])
 
@@ -94,6 +97,18 @@ def model_dispersion(model: Burstiness, rate_per_s: float, window_s: float) -> f
     drift = np.exp(model.drift_std**2 * np.exp(-lag_s / model.drift_memory_s))
     covariance = (1 + busy_variance * np.exp(-lag_s / model.memory_s)) * drift - 1
     return 1.0 + 2 * rate_per_s * float(np.mean((1 - lag_s / window_s) * covariance)) * window_s
+
+
+def model_sample_dispersion(
+    model: Burstiness, rate_per_s: float, window_s: float, duration_s: float
+) -> float:
+    """Index of dispersion that a stretch of ``duration_s`` shows on average.
+
+    It is lower than :func:`model_dispersion`, because variation slower than the stretch moves the mean
+    of the stretch instead of spreading its windows.
+    """
+    of_mean = model_dispersion(model, rate_per_s, duration_s) * window_s / duration_s
+    return model_dispersion(model, rate_per_s, window_s) - of_mean
 
 
 def model_empty_share(model: Burstiness, rate_per_s: float, window_s: float) -> float:

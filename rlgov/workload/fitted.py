@@ -2,7 +2,7 @@
 
 Source: Azure LLM inference traces 2023, ``AzureLLMInferenceTrace_{conv,code}.csv`` of
 https://github.com/Azure/AzurePublicDataset (CC-BY-4.0; Patel et al., Splitwise, ISCA 2024), the first
-70 % of the span at hand (conversation 1961 s, 11 373 requests; code 1877 s, 5 928 requests), so that
+70 % of the span at hand (conversation 1961 s, 11 374 requests; code 1877 s, 5 928 requests), so that
 nothing of a test span is in them. Fitted in November 2026. Checked by a test that fits again.
 """
 
@@ -13,11 +13,11 @@ from rlgov.workload.lengths import LengthComponent, LengthMixture
 CONVERSATION_RATE_PER_S = 5.8007
 
 CONVERSATION_BURSTINESS = {
-    "busy_share": 0.04629,
-    "quiet_ratio": 0.5762,
-    "memory_s": 0.8221,
-    "drift_std": 0.2058,
-    "drift_memory_s": 452.5,
+    "busy_share": 0.04508,
+    "quiet_ratio": 0.5804,
+    "memory_s": 0.751,
+    "drift_std": 0.2585,
+    "drift_memory_s": 469.9,
 }
 
 # weight, prompt log mean and std, output log mean and std, correlation of the logs, longest of each
@@ -37,11 +37,11 @@ CONVERSATION_LENGTHS = LengthMixture(
 CODE_RATE_PER_S = 3.1580
 
 CODE_BURSTINESS = {
-    "busy_share": 0.2759,
-    "quiet_ratio": 0.005135,
-    "memory_s": 3.414,
-    "drift_std": 0.6656,
-    "drift_memory_s": 263.4,
+    "busy_share": 0.2993,
+    "quiet_ratio": 0.003078,
+    "memory_s": 3.421,
+    "drift_std": 0.7336,
+    "drift_memory_s": 198,
 }
 
 # weight, prompt log mean and std, output log mean and std, correlation of the logs, longest of each

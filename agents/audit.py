@@ -74,7 +74,7 @@ class JournalAudit:
         body: dict[str, object] = {
             "policy": self.policy,
             "equal": self.equal,
-            **{outcome.value: self.audit.count(outcome) for outcome in Outcome},
+            "decisions": {outcome.value: self.audit.count(outcome) for outcome in Outcome},
             "divergences_by_axis": self.divergences_by_axis(),
             "reasons_changed": self.reasons_changed(),
             "observations_compared": self.observations_compared,
@@ -94,7 +94,9 @@ class JournalAudit:
         for axis, count in self.divergences_by_axis().items():
             table.add_row(f"diverged in {axis}", str(count))
         table.add_row("taken for another reason", str(self.reasons_changed()))
-        table.add_row(f"observations differing (of {self.observations_compared})", str(self.observations_differing))
+        table.add_row(
+            f"observations differing (of {self.observations_compared})", str(self.observations_differing)
+        )
         return table
 
 

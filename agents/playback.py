@@ -279,7 +279,9 @@ def hold(
     rows = batch.advance_windows(0, np.tile(np.array(index, dtype=np.int64), (count, 1)))
     length = next((i + 1 for i, row in enumerate(rows) if _over(row, schedule)), count)
     reasons = np.zeros(length, dtype=np.int8)
-    return _counted(static_name(configuration), limits, schedule, rows[:length], reasons, batch.request_log(0))
+    return _counted(
+        static_name(configuration), limits, schedule, rows[:length], reasons, batch.request_log(0)
+    )
 
 
 def _roll(

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from rlgov.records import Column
 
@@ -96,7 +97,9 @@ def front_figure(points: Sequence[FrontPoint], *, target: float = 0.99, title: s
                 label=f"{point.name}: {_signed(100.0 * (point.energy_share - 1.0))} %, {_percent(point.attainment)}",
             )
             handles.append(handle)
-        axes.axhline(float(_height(np.array(target))), color="#b22222", linewidth=1.2, linestyle="--", zorder=1)
+        axes.axhline(
+            float(_height(np.array(target))), color="#b22222", linewidth=1.2, linestyle="--", zorder=1
+        )
         axes.annotate(
             f"target {100 * target:g} %",
             (1.0, float(_height(np.array(target)))),
@@ -147,6 +150,8 @@ def timeline_figure(
         _name(panels[5], "Time to first token, worst p99", "s")
         _name(panels[6], "Time per output token, worst p99", "ms")
         _name(panels[7], "SLO misses so far", "requests")
+        clocks = runs[0].limits.sm_clocks_mhz
+        panels[1].set_ylim(min(clocks) - 80.0, max(clocks) + 80.0)
         panels[2].set_yscale("log", base=2)
         caps = runs[0].limits.batch_caps
         panels[2].set_yticks(caps, [str(cap) for cap in caps])
@@ -156,7 +161,7 @@ def timeline_figure(
         panels[3].set_ylim(min(degrees) - 0.5, max(degrees) + 0.5)
         panels[4].set_ylim(bottom=0.0)
         panels[5].set_yscale("log")
-        panels[5].set_ylim(bottom=0.01)
+        panels[5].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[6].set_ylim(bottom=0.0)
         panels[7].set_ylim(bottom=0.0)
         for panel, limit, text in (
@@ -165,10 +170,16 @@ def timeline_figure(
         ):
             panel.axhline(limit, color="#b22222", linewidth=1.2, linestyle="--")
             panel.annotate(
-                text, (1.0, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#b22222"
+                text,
+                (1.006, limit),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                color="#b22222",
+                fontsize=9,
             )
         panels[-1].set_xlim(from_s / 60.0, end_s / 60.0)
         panels[-1].set_xlabel("Time, minutes")
+        figure.align_ylabels(panels)
         lines = [Line2D([], [], color=colours[run.policy], linewidth=2.4, label=run.policy) for run in runs]
         figure.legend(handles=lines, loc="outside upper center", ncols=min(6, len(runs)), title=title or None)
     return figure

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 from rlgov.agents import statistics
-from rlgov.agents.baselines import by_name
+from rlgov.agents.baselines.registry import by_name
 from rlgov.agents.baselines.space import PolicyContext
 from rlgov.agents.baselines.static import every_static
+from rlgov.agents.bundle import BundlePolicy
 from rlgov.agents.playback import DRAIN_S, Figures, Run, Schedule, cut, figures, hold, play
 from rlgov.deployments.simulated import SimulatedDeployment
 from rlgov.envs.guard import GuardSettings, Reason
@@ -45,7 +46,6 @@ SCHEMA: Final = 1
 FASTEST: Final = "fastest"
 BEST_STATIC: Final = "best-static"
 DEFAULT_PROFILE: Final = "h100-qwen3-32b"
-BUNDLE_SUFFIX: Final = ".safetensors"
 _DRAW_STREAM: Final = 0x7E91A  # keeps the physics draws apart from any other use of the same seeds
 _BOOTSTRAP_SEED: Final = 0xB007
 
@@ -91,7 +91,10 @@ class ReplaySpec:
             (self.seeds >= 1, f"seeds must be at least 1, got {self.seeds}"),
             (self.workers >= 1, f"workers must be at least 1, got {self.workers}"),
             (self.slo_scale > 0, f"slo_scale must be above 0, got {self.slo_scale}"),
-            (0 < self.target_attainment <= 1, f"target_attainment must lie in 0..1, got {self.target_attainment}"),
+            (
+                0 < self.target_attainment <= 1,
+                f"target_attainment must lie in 0..1, got {self.target_attainment}",
+            ),
         )
         for passed, msg in checks:
             if not passed:
@@ -257,15 +260,18 @@ def replay(
     )
     plan = _Plan(profile, limits, episode, schedule, spec.guard)
     names = tuple(dict.fromkeys((*spec.policies, FASTEST, BEST_STATIC)))
-    for name in names:  # an unknown name or a damaged bundle is found before the work, not after it
-        by_name(name, PolicyContext(limits, build_tables(profile), limits.fastest, 0))
+    # An unknown name or a damaged bundle is found before the work, not after it.
+    context = PolicyContext(limits, plan.tables(0), limits.fastest, 0)
+    bundles = {name for name in names if isinstance(by_name(name, context), BundlePolicy)}
     settings = [policy.start_configuration(limits) for policy in every_static(limits)]
     chunks = [tuple(settings[i : i + _CHUNK]) for i in range(0, len(settings), _CHUNK)]
     seeds = range(spec.seeds)
     sweeps = [_Sweep(plan, seed, chunk) for seed, chunk in product(seeds, chunks)]
     count = _Progress(progress, len(sweeps) + spec.seeds * len(names))
     with _Pool(spec.workers) as pool:
-        swept = [point for points in count.over(pool.map(_sweep, sweeps), "static settings") for point in points]
+        swept = [
+            point for points in count.over(pool.map(_sweep, sweeps), "static settings") for point in points
+        ]
         by_seed = [tuple(swept[i * len(settings) : (i + 1) * len(settings)]) for i in seeds]
         chosen = [best_static(points, spec.target_attainment) for points in by_seed]
         jobs = [_Job(plan, seed, name, chosen[seed].configuration) for seed, name in product(seeds, names)]
@@ -280,15 +286,15 @@ def replay(
         limits=limits,
         schedule=schedule,
         digest=_digest(plan, trace_sha256, by_seed, draws),
-        policies=_rows(nominal, nominal[names.index(FASTEST)], nominal[names.index(BEST_STATIC)], spec.block_s),
+        policies=_rows(
+            nominal, nominal[names.index(FASTEST)], nominal[names.index(BEST_STATIC)], spec.block_s
+        ),
         runs=nominal,
         statics=by_seed[0],
         best_static=chosen[0].configuration,
         best_static_meets_target=chosen[0].figures.slo_attainment >= spec.target_attainment,
         draws=draws,
-        learned=frozenset(
-            run.policy for run, name in zip(nominal, names, strict=True) if name.endswith(BUNDLE_SUFFIX)
-        ),
+        learned=frozenset(run.policy for run, name in zip(nominal, names, strict=True) if name in bundles),
     )
 
 

@@ -47,15 +47,15 @@ def write_report(result: ReplayResult, out: Path, *, figures: bool = True) -> di
     text = json.dumps(result.to_json(), indent=2, allow_nan=False)
     paths["json"].write_text(text + "\n", encoding="utf-8")
     _write_csv(paths["policies"], [_flat(asdict(row)) for row in result.policies])
-    _write_csv(
-        paths["statics"], [{**asdict(p.configuration), **asdict(p.figures)} for p in result.statics]
-    )
+    _write_csv(paths["statics"], [{**asdict(p.configuration), **asdict(p.figures)} for p in result.statics])
     _write_windows(paths["windows"], result.runs)
     if figures:
         paths["front"] = out / "front.png"
         paths["timeline"] = out / "timeline.png"
         plots.save(
-            plots.front_figure(front_points(result), target=result.spec.target_attainment, title=_title(result)),
+            plots.front_figure(
+                front_points(result), target=result.spec.target_attainment, title=_title(result)
+            ),
             paths["front"],
         )
         plots.save(plots.timeline_figure(shown_runs(result), title=_title(result)), paths["timeline"])

@@ -97,11 +97,11 @@ def trace_list(
     ]
     if not quiet:
         table = Table(box=None)
-        for heading in ("name", "kind", "licence", "hash", "url"):
-            table.add_column(heading, overflow="fold")
+        for heading in ("name", "kind", "licence", "hash"):
+            table.add_column(heading, no_wrap=True)
         for row in rows:
             known = "known" if row["sha256"] else "UNVERIFIED"
-            table.add_row(row["name"], row["kind"], row["licence"], known, row["url"])
+            table.add_row(row["name"], row["kind"], row["licence"], known)
         Console().print(table)
     return rows
 
@@ -175,7 +175,7 @@ def _say(line: str) -> None:
 
 
 def _print_summary(summary: TraceSummary) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{summary.name}: {summary.requests:,} requests in {summary.duration_s:,.1f} s, "
         f"mean {summary.mean_rate_per_s:.3f}/s, busiest minute {summary.peak_rate_per_s:.3f}/s "

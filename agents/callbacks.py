@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlgov.agents.train_config import TrainConfig
     from rlgov.records import Limits
 
+EVALUATION_ARRAYS = ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale", "arrivals")
 EPISODE_FIGURES = ("attainment", "energy_ratio")  # of an episode's info, besides r, l and t
 
 
@@ -63,11 +64,23 @@ class Evaluation:
     attainment: NDArray[np.float64]
     energy_ratio: NDArray[np.float64]
     slo_scale: NDArray[np.float64]
+    arrivals: NDArray[np.float64]
 
     @property
     def worst_attainment(self) -> float:
-        """Mean attainment of the SLO scale that is served worst."""
-        return min(float(self.attainment[self.slo_scale == s].mean()) for s in np.unique(self.slo_scale))
+        """Share of requests served in time under the SLO scale that is served worst."""
+        return min(self._attainment(self.slo_scale == scale) for scale in np.unique(self.slo_scale))
+
+    @property
+    def mean_attainment(self) -> float:
+        """Share of all requests served in time."""
+        return self._attainment(np.ones(self.attainment.shape, dtype=bool))
+
+    def _attainment(self, which: NDArray[np.bool_]) -> float:
+        arrivals = self.arrivals[which]
+        if arrivals.sum() <= 0:
+            return 1.0
+        return float(np.average(self.attainment[which], weights=arrivals))
 
     @property
     def saving(self) -> float:
@@ -84,7 +97,7 @@ class Evaluation:
         return {
             "steps": float(self.steps),
             "worst_attainment": self.worst_attainment,
-            "attainment": float(self.attainment.mean()),
+            "attainment": self.mean_attainment,
             "saving": self.saving,
             "reward": float(self.reward.mean()),
         }
@@ -126,6 +139,7 @@ def evaluate(model: Ppo, environments: Mapping[float, VecEnv], seed: int) -> Eva
         attainment=np.array([e["attainment"] for e in episodes], dtype=np.float64),
         energy_ratio=np.array([e["energy_ratio"] for e in episodes], dtype=np.float64),
         slo_scale=np.array(scales, dtype=np.float64),
+        arrivals=np.array([e["arrivals"] for e in episodes], dtype=np.float64),
     )
 
 
@@ -143,10 +157,7 @@ class EvaluationLog:
         with np.load(self._path) as data:
             for i, steps in enumerate(data["timesteps"]):
                 if steps <= until_steps:
-                    row = (
-                        data[k][i]
-                        for k in ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale")
-                    )
+                    row = (data[name][i] for name in EVALUATION_ARRAYS)
                     self._evaluations.append(Evaluation(int(steps), *row))
 
     def __contains__(self, steps: int) -> bool:
@@ -165,6 +176,7 @@ class EvaluationLog:
                 attainment=np.stack([e.attainment for e in self._evaluations]),
                 energy_ratio=np.stack([e.energy_ratio for e in self._evaluations]),
                 slo_scale=np.stack([e.slo_scale for e in self._evaluations]),
+                arrivals=np.stack([e.arrivals for e in self._evaluations]),
             )
         partial.replace(self._path)
 

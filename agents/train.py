@@ -13,6 +13,8 @@ last whole rollout with new episodes, which is as good but not bit-identical. Wa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pydantic import ValidationError
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import configure
 
+from rlgov.agents.bundle import Origin, export_bundle
 from rlgov.agents.callbacks import (
     BoundaryCallback,
     MonitorCallback,
@@ -40,7 +43,11 @@ from rlgov.agents.lagrangian import LagrangeMultiplier
 from rlgov.agents.ppo import build_ppo, load_checkpoint
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
 from rlgov.agents.train_config import TrainConfig
+from rlgov.deployments.scenario import EpisodeSampler
+from rlgov.envs.vec_env import ServingVecEnv
 from rlgov.errors import ConfigError
+from rlgov.simulation.profile import load_profile
+from rlgov.workload.readers import read_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,10 +58,12 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
     from rlgov.agents.ppo import Ppo
+    from rlgov.workload.trace import Trace
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
 BUNDLE_NAME = "policy.safetensors"
+SYNTHETIC_PREFIX = "synthetic:"
 # What may differ between a run and its continuation; all else would make it another run.
 RESUMABLE = {"out", "resume", "total_steps", "keep_checkpoints"}
 
@@ -98,6 +107,69 @@ class TrainResult:
     bundle: Path | None  # None after an interruption
 
 
+class SimulatedEnvironments:
+    """The default environments: simulations of the configured profile and traces.
+
+    Of a trace file only the training span is kept, its last part for validation. The validation
+    episodes are simulated with the profile's nominal physics, which is what a replay measures.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._profile = load_profile(config.profile)
+        self._sources: list[Trace | str] = []
+        for name in config.traces:
+            if name.startswith(SYNTHETIC_PREFIX):
+                self._sources.append(name.removeprefix(SYNTHETIC_PREFIX))
+            else:
+                self._sources.append(read_trace(name).split(config.train_fraction)[0])
+
+    def __call__(
+        self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
+    ) -> VecEnv:
+        """See :class:`EnvironmentMaker`."""
+        spans = [
+            source if isinstance(source, str) else source.split(1.0 - config.validation_fraction)[validation]
+            for source in self._sources
+        ]
+        sampler = EpisodeSampler(
+            self._profile,
+            spans,
+            load_range=config.load_range,
+            slo_scales=slo_scales,
+            episode_s=config.episode_s,
+            randomize=config.randomize_physics and not validation,
+        )
+        return ServingVecEnv(
+            sampler.limits,
+            sampler,
+            sampler.nominal,
+            count,
+            windows=max(round(config.episode_s / sampler.limits.interval_s), 1),
+            guard=config.guard,
+            reward_settings=config.reward,
+            seed=config.seed,
+            stagger=not validation,
+        )
+
+
+def export_trained(model: Ppo, observations: NDArray[np.float32], config: TrainConfig, path: Path) -> None:
+    """The default bundle writer. Names and digests leave out where the run was written."""
+    profile = load_profile(config.profile)
+    recipe = json.dumps(config.model_dump(mode="json", exclude=RESUMABLE - {"total_steps"}), sort_keys=True)
+    export_bundle(
+        model,
+        path,
+        origin=Origin(
+            name=f"ppo-seed{config.seed}",
+            profile_name=profile.name,
+            profile_digest=hashlib.sha256(profile.to_yaml().encode()).hexdigest(),
+            training_digest=hashlib.sha256(recipe.encode()).hexdigest(),
+        ),
+        limits=profile.limits(),
+        observations=observations,
+    )
+
+
 def no_figures(config: TrainConfig, bundle: Path) -> Mapping[str, matplotlib.figure.Figure]:  # noqa: ARG001  # null object
     """Draw nothing."""
     return {}
@@ -113,7 +185,7 @@ def train(
     config: TrainConfig,
     *,
     make_environment: EnvironmentMaker | None = None,
-    write_bundle: BundleWriter | None = None,
+    write_bundle: BundleWriter = export_trained,
     make_figures: FigureMaker = no_figures,
     say: Callable[[str], None] = say_on_stderr,
     terminal: bool | None = None,
@@ -133,10 +205,9 @@ def train(
     Raises:
         ConfigError: the folder holds another run, or there is nothing to resume.
     """
-    make_environment = make_environment or _default_environment
-    write_bundle = write_bundle or _default_bundle
     terminal = sys.stderr.isatty() if terminal is None else terminal
     torch.set_num_threads(1)  # small matrices: threads cost more than they add, and change rounding
+    make_environment = make_environment or SimulatedEnvironments(config)
     _prepare_folder(config, command or shlex.join(sys.argv))
 
     env = make_environment(config, config.slo_scales, config.environments, validation=False)
@@ -231,13 +302,3 @@ def _seen_observations(model: Ppo, env: VecEnv, config: TrainConfig) -> NDArray[
     seen: list[Any] = []
     run_episodes(model, env, config.seed, lambda observations: seen.append(observations.copy()))
     return cast("NDArray[np.float32]", np.concatenate(seen))
-
-
-def _default_environment(
-    config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
-) -> VecEnv:
-    raise NotImplementedError
-
-
-def _default_bundle(model: Ppo, observations: NDArray[np.float32], config: TrainConfig, path: Path) -> None:
-    raise NotImplementedError

@@ -10,6 +10,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from rlgov.envs.guard import GuardSettings
+from rlgov.envs.reward import RewardSettings
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -143,6 +146,10 @@ class TrainConfig(_Settings):
     """The constraint."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """The choice of the best model."""
+    guard: GuardSettings = GuardSettings()
+    """How tightly the policy is held, in training as later in service."""
+    reward: RewardSettings = RewardSettings()
+    """Scales and bounds of the reward."""
 
     @property
     def rollout_samples(self) -> int:

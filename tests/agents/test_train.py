@@ -110,6 +110,7 @@ class ToyVecEnv(VecEnv):
                 info["episode"] = {
                     "r": float(total),
                     "l": EPISODE_STEPS,
+                    "arrivals": float(EPISODE_STEPS),
                     "t": 0.0,
                     "attainment": 1.0 - missed / EPISODE_STEPS,
                     "energy_ratio": spent_j / (100.0 * EPISODE_STEPS),
@@ -353,6 +354,7 @@ def evaluation(attainment: list[float], energy_ratio: float) -> Evaluation:
         np.array(attainment),
         np.full(n, energy_ratio),
         np.arange(n, dtype=float),
+        np.full(n, 100.0),
     )
 
 

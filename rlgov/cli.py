@@ -87,6 +87,7 @@ def build_app() -> App:
         group = App(name=name, help=about)
         _add(group, commands)
         app.command(group)
+    app.meta.suppress_keyboard_interrupt = False
     app.meta.default(_launcher(app))
     return app
 

@@ -14,9 +14,10 @@ file over the default. Settings of training are in :mod:`rlgov.agents.train_conf
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
 from pydantic import (
@@ -190,17 +191,30 @@ def read_config_file(path: Path, sections: Mapping[str, type[BaseModel]]) -> dic
     return {section: values for section, values in content.items() if values}
 
 
-def _refuse_unknown(path: Path, prefix: str, values: Mapping[Any, Any], model: type[BaseModel]) -> None:
+def _refuse_unknown(path: Path, prefix: str, values: Mapping[Any, Any], record: type) -> None:
+    known = _fields(record)
     for name, value in values.items():
-        field = model.model_fields.get(name)
-        if field is None:
-            raise ConfigError(
-                f"{path}: unknown name {prefix}.{name}; {nearest(str(name), model.model_fields)}"
-            )
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if name not in known:
+            raise ConfigError(f"{path}: unknown name {prefix}.{name}; {nearest(str(name), known)}")
+        below = known[name]
+        if below is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{path}: {prefix}.{name} must map names to values, not be {value!r}")
-            _refuse_unknown(path, f"{prefix}.{name}", value, field.annotation)
+            _refuse_unknown(path, f"{prefix}.{name}", value, below)
+
+
+def _fields(record: type) -> dict[str, type | None]:
+    """The fields of a record of settings; for those that are records themselves, which."""
+    annotations = get_type_hints(record)
+    if issubclass(record, BaseModel):
+        names = list(record.model_fields)
+    else:
+        names = [field.name for field in dataclasses.fields(record)]
+    return {name: kind if _is_record(kind := annotations[name]) else None for name in names}
+
+
+def _is_record(kind: object) -> bool:
+    return isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))
 
 
 def check_environment(
@@ -224,13 +238,10 @@ def check_environment(
                 )
 
 
-def _paths(model: type[BaseModel]) -> list[str]:
+def _paths(record: type) -> list[str]:
     paths = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths += [f"{name}.{below}" for below in _paths(field.annotation)]
-        else:
-            paths.append(name)
+    for name, below in _fields(record).items():
+        paths += [name] if below is None else [f"{name}.{deeper}" for deeper in _paths(below)]
     return paths
 
 

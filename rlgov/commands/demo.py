@@ -9,8 +9,10 @@ from cyclopts import Parameter
 from rlgov.commands.output import Json, put_json
 from rlgov.config import DemoSettings
 
+DEFAULTS = DemoSettings()
 
-def demo(*, settings: Annotated[DemoSettings, Parameter(name="*")], json: Json = False) -> None:
+
+def demo(*, settings: Annotated[DemoSettings, Parameter(name="*")] = DEFAULTS, json: Json = False) -> None:
     """Train a small policy, replay a trace against the baselines, draw the result: a few minutes.
 
     Args:

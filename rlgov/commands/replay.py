@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import json as json_format
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from rlgov.commands.output import Json, Progress, put_json
 from rlgov.commands.traces import open_trace
-from rlgov.config import ReplaySettings
+from rlgov.config import DEFAULT_BASELINES, ReplaySettings
+from rlgov.errors import ConfigError
+
+EXIT_DIVERGED = 1
+DEFAULTS = ReplaySettings()
 
 
-def replay(*, settings: Annotated[ReplaySettings, Parameter(name="*")], json: Json = False) -> None:
+def replay(*, settings: Annotated[ReplaySettings, Parameter(name="*")] = DEFAULTS, json: Json = False) -> int:
     """Put a trace through policies and baselines, deterministically: table, CSV, JSON and plots.
+
+    With --journal, the recorded run of that file goes through the decision code of one --policy again;
+    the exit code is 1 if any decision or observation is another one now.
 
     Args:
         settings: What to replay.
         json: Report as JSON.
     """
+    if settings.journal is not None:
+        return _audit(settings, settings.journal, json=json)
+    _replay(settings, json=json)
+    return 0
+
+
+def _replay(settings: ReplaySettings, *, json: bool) -> None:
     from rich.console import Console
 
-    from rlgov.agents.replay import ReplaySpec
-    from rlgov.agents.replay import replay as run_replay
+    from rlgov.agents.replay import ReplaySpec, replay
     from rlgov.agents.report import policies_table, write_report
 
     spec = ReplaySpec(
@@ -38,7 +53,7 @@ def replay(*, settings: Annotated[ReplaySettings, Parameter(name="*")], json: Js
         target_attainment=settings.target_attainment,
     )
     with Progress() as progress:
-        result = run_replay(spec, trace=open_trace(settings.trace), progress=progress)
+        result = replay(spec, trace=open_trace(settings.trace), progress=progress)
     files = write_report(result, settings.out)
     if json:
         put_json(result.to_json())
@@ -46,3 +61,30 @@ def replay(*, settings: Annotated[ReplaySettings, Parameter(name="*")], json: Js
     Console().print(policies_table(result))
     for path in files.values():
         sys.stdout.write(f"{path}\n")
+
+
+def _audit(settings: ReplaySettings, journal_file: Path, *, json: bool) -> int:
+    from rich.console import Console
+
+    from rlgov.agents.audit import audit_journal
+    from rlgov.agents.baselines import PolicyContext, by_name
+    from rlgov.journal import read_journal
+    from rlgov.simulation.physics import build_tables
+    from rlgov.simulation.profile import load_profile
+
+    if settings.policy == DEFAULT_BASELINES or len(settings.policy) != 1:
+        raise ConfigError("an audit needs the one policy that took the decisions; name it with --policy")
+    journal = read_journal(journal_file)
+    limits = journal.header.limits
+    context = PolicyContext(limits, build_tables(load_profile(settings.profile)))
+    found = audit_journal(journal, by_name(settings.policy[0], context))
+    report = found.to_json()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "audit.json"
+    path.write_text(json_format.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if json:
+        put_json(report)
+    else:
+        Console().print(found.table())
+        sys.stdout.write(f"{path}\n")
+    return 0 if found.equal else EXIT_DIVERGED

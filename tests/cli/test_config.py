@@ -36,6 +36,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ("trian:\n  seed: 1\n", "unknown section 'trian'; did you mean 'train'?"),
         ("train:\n  sede: 1\n", "unknown name train.sede; did you mean 'seed'?"),
         ("train:\n  ppo:\n    gama: 0.9\n", "unknown name train.ppo.gama; did you mean 'gamma'?"),
+        ("train:\n  guard:\n    tp_dwel_s: 9\n", "did you mean 'tp_dwell_s'?"),
         ("train:\n  ppo: 3\n", "train.ppo must map names to values"),
         ("train: 3\n", "'train' must map names to values"),
         ("- train\n", "must map sections to settings"),

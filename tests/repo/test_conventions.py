@@ -50,7 +50,7 @@ def test_every_ignored_type_error_has_code_and_reason(repository: Path) -> None:
 
 
 def test_nothing_is_left_to_do(repository: Path) -> None:
-    marks = re.compile("TODO|FIXME|XXX")
+    marks = re.compile(r"TO[D]O|FIX[M]E|X[X]X")  # written so that this line is not one of them
     found = [
         f"{path.relative_to(repository)}:{number}"
         for path in _tracked(repository)

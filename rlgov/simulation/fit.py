@@ -348,17 +348,19 @@ def read_sweep(data: Path) -> Sweep:
     )
 
 
-def sweep_power_w(sweep: Sweep, p: Mapping[str, float]) -> Floats:
-    """Predicted power per GPU. The sweep's model is unknown, and its size cancels.
+def sweep_power_w(sweep: Sweep, p: Mapping[str, float], all_reduce: Mapping[int, float]) -> Floats:
+    """Predicted power per GPU. The sweep's model is unknown; its size cancels but for the all-reduce.
 
     Time counts in units of one prompt token's arithmetic at the highest clock: an iteration of n tokens
-    takes n / x for arithmetic, a constant for reading the weights, and a gap per TP degree.
+    takes n / x for arithmetic, n c for the all-reduce (as for Qwen3-32B), a constant for reading the
+    weights, and a gap per TP degree.
     """
-    physics = Physics(H100, MODELS["Qwen/Qwen3-32B"], p, {})
+    physics = Physics(H100, MODELS["Qwen/Qwen3-32B"], p, all_reduce)
     flop_per_s = H100.peak_bf16_flop_per_s * p["prefill_mfu"]
     read = flop_per_s / (H100.hbm_bytes_per_s * p["weight_efficiency"])
     gap = np.where(sweep.tp == min(sweep.tp), p["gap_2"], p["gap_4"])
-    duration = sweep.prompt_tokens / sweep.x + read * physics.memory_scale(sweep.x) + gap
+    comm = np.array([physics.comm_s(tp) / physics.prefill_s(tp) for tp in sweep.tp.astype(int).tolist()])
+    duration = sweep.prompt_tokens * (1.0 / sweep.x + comm) + read * physics.memory_scale(sweep.x) + gap
     # Two bytes and two FLOP a weight: reading the weights once is as many bytes as FLOP of one token.
     memory_w = flop_per_s * p["weight_j_per_byte"] / duration * physics.memory_energy_scale(sweep.x)
     arithmetic = sweep.prompt_tokens * flop_per_s * p["flop_j"] * physics.voltage_squared(sweep.x)
@@ -443,7 +445,7 @@ def calibrate(data: Path) -> Calibration:
         def residual(p: Mapping[str, float]) -> Floats:
             q = {**base, **p}
             parts = [np.log(mean_power_w(r, q, all_reduce) / r.power_w) for r in chosen]
-            return np.concatenate([*parts, np.log(sweep_power_w(sweep, q) / sweep.power_w)])
+            return np.concatenate([*parts, np.log(sweep_power_w(sweep, q, all_reduce) / sweep.power_w)])
 
         return _solve({**_POWER_BOUNDS, **_GAP_BOUNDS}, residual)
 
@@ -469,7 +471,7 @@ def calibrate(data: Path) -> Calibration:
 
     time_errors = {name: time_error(time_left_out[name], of(name)) for name in names}
     power_errors = {name: power_error(power_left_out[name], of(name)) for name in names}
-    sweep_error = _relative(sweep_power_w(sweep, {**base, **power_best}), sweep.power_w)
+    sweep_error = _relative(sweep_power_w(sweep, {**base, **power_best}, all_reduce), sweep.power_w)
     count = sum(len(r.batch) for r in rows)
     time_all, power_all = time_error(time_best, rows), power_error(power_best, rows)
     time_note = _note(time_all, time_errors, count)
@@ -603,7 +605,7 @@ def fit_profile(calibration: Calibration, offer: Offer) -> Profile:
             tp_degrees=offer.tp_degrees,
             sm_clocks_mhz=(1980, 1830, 1680, 1530, 1380, 1230, 1080, 930, 780, 600),
             batch_caps=(256, 128, 64, 32, 16, 8),
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=1024,
             gpu_memory_utilization=0.9,
             reserved_bytes_per_gpu=offer.reserved_bytes_per_gpu,
             interval_s=1.0,

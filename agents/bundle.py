@@ -386,7 +386,7 @@ class BundlePolicy:
         if observation.ndim != 2 or observation.shape[1] != expected:  # noqa: PLR2004 - (n, features)
             msg = f"{self.name}: expected observations (n, {expected}), got shape {observation.shape}"
             raise BundleError(msg)
-        sound: NDArray[np.bool_] = np.isfinite(observation).all(axis=1)
+        sound = np.asarray(np.isfinite(observation).all(axis=1))
         x = np.where(sound[:, None], observation, 0.0).astype(np.float64)
         for weight, bias in self._layers[:-1]:
             x = x @ weight + bias

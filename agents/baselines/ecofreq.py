@@ -126,8 +126,9 @@ class EcoFreqPolicy(ClockRule):
 
     def _clock(self, rows: NDArray[np.float64], blind: NDArray[np.bool_]) -> NDArray[np.int64]:
         settings, level = self.settings, self.limits.service_level
-        with np.errstate(invalid="ignore", divide="ignore"):  # no arrivals: NaN, which the average skips
-            mean_prompt = rows[:, Column.PROMPT_TOKENS] / rows[:, Column.ARRIVALS]
+        arrivals = rows[:, Column.ARRIVALS]
+        # no arrival, no prompt length: NaN, which the average skips
+        mean_prompt = np.where(arrivals >= 1, rows[:, Column.PROMPT_TOKENS] / np.maximum(arrivals, 1), np.nan)
         self._prompt_tokens = moving_average(self._prompt_tokens, mean_prompt, settings.weight, blind)
         rate = rows[:, Column.PREFILL_TOKENS] / rows[:, Column.DURATION_S]
         self._prefill_per_s = moving_average(self._prefill_per_s, rate, settings.weight, blind)

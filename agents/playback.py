@@ -40,15 +40,29 @@ class RequestLog(Protocol):
     """What became of every request of an episode; aligned arrays in order of arrival, NaN: never."""
 
     @property
-    def arrival_s(self) -> NDArray[np.float64]: ...
+    def arrival_s(self) -> NDArray[np.float64]:
+        """Arrivals on the time axis of the windows."""
+        ...
+
     @property
-    def first_token_s(self) -> NDArray[np.float64]: ...
+    def first_token_s(self) -> NDArray[np.float64]:
+        """First tokens."""
+        ...
+
     @property
-    def finish_s(self) -> NDArray[np.float64]: ...
+    def finish_s(self) -> NDArray[np.float64]:
+        """Last tokens."""
+        ...
+
     @property
-    def output_tokens(self) -> NDArray[np.int64]: ...
+    def output_tokens(self) -> NDArray[np.int64]:
+        """Tokens asked for."""
+        ...
+
     @property
-    def missed(self) -> NDArray[np.bool_]: ...
+    def missed(self) -> NDArray[np.bool_]:
+        """SLO misses found so far."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +224,7 @@ def figures(run: Run) -> Figures:
     tokens = math.fsum(run.rows[:, Column.OUTPUT_TOKENS])
     arrivals = int(requests.arrival_s.size)
     served = int(np.count_nonzero(np.isfinite(requests.finish_s)))
-    degrees = np.concatenate(([run.before.tp_degree], run.rows[:, Column.TP_DEGREE]))
+    degrees: NDArray[np.float64] = np.append(float(run.before.tp_degree), run.rows[:, Column.TP_DEGREE])
     degrees = degrees[np.isfinite(degrees)]
     return Figures(
         energy_j=run.energy_j,

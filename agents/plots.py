@@ -6,7 +6,7 @@ Figures are made without pyplot, so that nothing global is touched and no window
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from rlgov.agents.playback import Run
 
-STYLE: Final = {
+STYLE: Final[dict[Any, object]] = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.titleweight": "bold",
@@ -94,7 +94,7 @@ def front_figure(points: Sequence[FrontPoint], *, target: float = 0.99, title: s
                 markeredgewidth=1.0,
                 zorder=5,
                 clip_on=False,
-                label=f"{point.name}: {_signed(100.0 * (point.energy_share - 1.0))} %, {_percent(point.attainment)}",
+                label=_legend(point),
             )
             handles.append(handle)
         axes.axhline(
@@ -113,7 +113,7 @@ def front_figure(points: Sequence[FrontPoint], *, target: float = 0.99, title: s
         axes.set_ylim(float(_height(np.array(LOWEST_ATTAINMENT))), float(_height(np.array(1.0))) + 0.08)
         axes.set_xlabel("Energy of all allotted GPUs, % of the fastest setting's")
         axes.set_ylabel("Requests within TTFT and TPOT limits")
-        axes.set_title(title or "Energy and attainment")
+        figure.suptitle(title or "Energy and attainment", x=0.01, ha="left", fontweight="bold", fontsize=11.0)
         figure.legend(handles=handles, loc="outside right upper", title="energy against fastest, attainment")
     return figure
 
@@ -307,9 +307,14 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     return {**REFERENCE_COLOURS, **chosen}
 
 
+def _legend(point: FrontPoint) -> str:
+    energy = _signed(100.0 * (point.energy_share - 1.0))
+    return f"{point.name}: {energy} %, {_percent(point.attainment)}"
+
+
 def _percent(share: float) -> str:
     return f"{100.0 * share:.2f} %"
 
 
 def _signed(percent: float) -> str:
-    return f"{percent:+.1f}".replace("-", "\N{MINUS SIGN}") if abs(percent) > 0.05 else "0"
+    return f"{round(percent, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from rlgov.agents.playback import Run
 
+TABLE_WIDTH = 110
 TIMELINE_POLICIES = 4  # more lines a panel cannot be told apart
 
 
@@ -97,24 +99,36 @@ def shown_runs(result: ReplayResult) -> list[Run]:
 
 
 def policies_table(result: ReplayResult) -> Table:
-    """The report for a terminal."""
-    table = Table(title=_title(result), caption=f"digest {result.digest[:16]}")
-    columns = ("policy", "energy", "J/token", "attainment", "TTFT p50/p99", "TPOT p50/p99", "switches")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "policy" else "right")
-    table.add_column("against fastest", justify="right")
-    table.add_column("against best static", justify="right")
+    """The report for a terminal; every line holds one policy, with half-widths of 95 % intervals."""
+    chosen = result.best_static
+    caption = (
+        f"best static: {chosen.sm_clock_mhz} MHz, batch cap {chosen.batch_cap}, TP {chosen.tp_degree}"
+        f"{'' if result.best_static_meets_target else ' (misses the target)'}; digest {result.digest[:16]}"
+    )
+    table = Table(title=_title(result), caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("policy", overflow="fold")
+    for name in (
+        "energy\nkJ",
+        "J per\ntoken",
+        "in SLO\n%",
+        "TTFT s\np50  p99",
+        "TPOT ms\np50 p99",
+        "TP\nmoves",
+        "saved, %:\nvs fastest",
+        "saved, %:\nvs best static",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in _learned_first(result):
         table.add_row(
-            _label(result, row),
-            f"{row.energy_j / 1000.0:,.1f} kJ",
+            row.name,
+            f"{row.energy_j / 1000.0:.1f}",
             _number(row.j_per_output_token, 3),
-            f"{100.0 * row.slo_attainment:.2f} %",
-            f"{_number(row.ttft_p50_s, 2)} / {_number(row.ttft_p99_s, 2)} s",
-            f"{_milli(row.tpot_p50_s)} / {_milli(row.tpot_p99_s)} ms",
+            f"{100.0 * row.slo_attainment:.2f}",
+            f"{_number(row.ttft_p50_s, 2)} {_number(row.ttft_p99_s, 2):>5}",
+            f"{_milli(row.tpot_p50_s)} {_milli(row.tpot_p99_s):>3}",
             str(row.switches),
-            _saving(row.saving_vs_fastest, row.saving_vs_fastest_ci),
-            _saving(row.saving_vs_best_static, row.saving_vs_best_static_ci),
+            _half_width(row.saving_vs_fastest, row.saving_vs_fastest_ci),
+            _half_width(row.saving_vs_best_static, row.saving_vs_best_static_ci),
             style="bold" if row.name in result.learned else None,
         )
     return table
@@ -122,7 +136,11 @@ def policies_table(result: ReplayResult) -> Table:
 
 def print_table(result: ReplayResult, console: Console | None = None) -> None:
     """Print :func:`policies_table`; to standard output by default."""
-    (console or Console()).print(policies_table(result))
+    if console is None:
+        console = Console()
+        # a file or a narrow terminal would cut words; a long line there can still be read
+        console.width = max(console.width, TABLE_WIDTH)
+    console.print(policies_table(result))
 
 
 def savings_table(results: Mapping[str, ReplayResult], policies: Sequence[str] | None = None) -> str:
@@ -167,9 +185,10 @@ def _label(result: ReplayResult, row: PolicyRow) -> str:
 
 def _title(result: ReplayResult) -> str:
     level = result.limits.service_level
+    rate = f"rate \N{MULTIPLICATION SIGN}{result.spec.rate_scale:g}"
     return (
-        f"{result.trace_name}, {result.schedule.span_s / 60.0:.0f} min at rate x{result.spec.rate_scale:g} "
-        f"on {result.spec.profile}; TTFT {level.ttft_s:g} s, TPOT {1000.0 * level.tpot_s:g} ms"
+        f"{result.trace_name}, {result.schedule.span_s / 60.0:.0f} min at {rate} on {result.spec.profile}; "
+        f"TTFT {level.ttft_s:g} s, TPOT {1000.0 * level.tpot_s:g} ms"
     )
 
 
@@ -216,3 +235,10 @@ def _saving(value: float, interval: tuple[float, float] | None) -> str:
     if interval is None or value == 0.0:
         return point
     return f"{point} ({100.0 * interval[0]:.1f} to {100.0 * interval[1]:.1f})"
+
+
+def _half_width(value: float, interval: tuple[float, float] | None) -> str:
+    point = f"{100.0 * value:.1f}"
+    if interval is None or value == 0.0:
+        return point
+    return f"{point} \N{PLUS-MINUS SIGN}{50.0 * (interval[1] - interval[0]):.1f}"

@@ -71,7 +71,9 @@ def block_sums(at_s: ArrayLike, values: ArrayLike, span_s: float, blocks: int) -
     """Sum ``values`` by block of time; what lies after the span (a drain) belongs to the last block."""
     times = np.asarray(at_s, dtype=np.float64)
     index = np.clip((times * (blocks / span_s)).astype(np.int64), 0, blocks - 1)
-    return np.bincount(index, weights=np.asarray(values, dtype=np.float64), minlength=blocks).astype(np.float64)
+    return np.bincount(index, weights=np.asarray(values, dtype=np.float64), minlength=blocks).astype(
+        np.float64
+    )
 
 
 def mean_interval(values: ArrayLike, rng: np.random.Generator, *, level: float = LEVEL) -> Interval | None:
@@ -155,4 +157,3 @@ def _bootstrap(
             return Interval(float(result.low), float(result.high))
     msg = "the samples hold values that are not finite; leave out what was not measured"
     raise ConfigError(msg)
-

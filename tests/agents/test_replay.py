@@ -128,7 +128,8 @@ def test_a_slice_that_cannot_be_cut_says_why(kwargs: dict[str, float], message: 
 
 
 def test_a_slice_without_requests_is_refused() -> None:
-    one = Trace("one", *(np.array([v]) for v in (1.0, 5, 5, 0)), 60.0)
+    tokens = np.array([5])
+    one = Trace("one", np.array([1.0]), tokens, tokens.copy(), np.array([0]), 60.0)
     with pytest.raises(ConfigError, match="no request"):
         cut(one, interval_s=1.0, from_s=10.0)
 

@@ -114,7 +114,7 @@ def front_figure(points: Sequence[FrontPoint], *, target: float = 0.99, title: s
         axes.set_xlabel("Energy of all allotted GPUs, % of the fastest setting's")
         axes.set_ylabel("Requests within TTFT and TPOT limits")
         figure.suptitle(title or "Energy and attainment", x=0.01, ha="left", fontweight="bold", fontsize=11.0)
-        figure.legend(handles=handles, loc="outside right upper", title="energy against fastest, attainment")
+        figure.legend(handles=handles, loc="outside right center", title="energy against fastest, attainment")
     return figure
 
 

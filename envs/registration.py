@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gymnasium
-import numpy as np
-
-from rlgov.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlgov.envs.guard import GuardSettings
@@ -36,7 +32,6 @@ def make_simulated(
     slo_scale: float = 1.0,
     rate_scale: float = 1.0,
     episode_s: float = 300.0,
-    trace_seed: int = 0,
     guard: GuardSettings | None = None,
     miss_weight: float | None = None,
 ) -> ServingEnv:
@@ -44,33 +39,35 @@ def make_simulated(
 
     Args:
         profile: Name of a shipped profile, or the path of a profile's YAML file.
-        trace: A :class:`~rlgov.workload.trace.Trace`, the name of a synthetic workload, or the path of a
-            trace file. Every episode plays its first ``episode_s`` seconds.
+        trace: The name of a synthetic workload (every episode draws its own requests), the path of a
+            trace file or a :class:`~rlgov.workload.trace.Trace` (every episode plays its beginning).
         slo_scale: Multiplies both SLO limits.
         rate_scale: Multiplies the arrival rate.
         episode_s: Length of an episode.
-        trace_seed: Seed of a synthetic workload.
         guard: Settings of the guard, None for the defaults.
         miss_weight: Lambda, the price of SLO misses; None for the default.
     """
     # Imported here so that registering the ids loads neither the simulator nor numba.
     from rlgov.deployments.simulated import SimulatedDeployment  # noqa: PLC0415
+    from rlgov.envs.episodes import named_episodes  # noqa: PLC0415
     from rlgov.envs.guard import GuardSettings  # noqa: PLC0415
-    from rlgov.envs.reward import DEFAULT_MISS_WEIGHT  # noqa: PLC0415
+    from rlgov.envs.reward import DEFAULT_MISS_WEIGHT, Reference  # noqa: PLC0415
     from rlgov.envs.serving_env import ServingEnv, measure_reference  # noqa: PLC0415
     from rlgov.simulation.profile import load_profile  # noqa: PLC0415
 
     loaded = load_profile(profile)
     limits = loaded.limits()
-    played = _trace(trace, episode_s * rate_scale, trace_seed)
-    if rate_scale != 1.0:
-        played = played.scaled(rate_scale)
-    deployment = SimulatedDeployment(loaded, played, service_level=limits.service_level.scaled(slo_scale))
+    sampler = named_episodes(loaded, trace, slo_scale=slo_scale, rate_scale=rate_scale, episode_s=episode_s)
     windows = max(round(episode_s / limits.interval_s), 1)
+    twin = SimulatedDeployment(loaded, sampler)
+
+    def reference(deployment_seed: int) -> Reference:
+        return measure_reference(twin, deployment_seed, max_windows=windows)
+
     return ServingEnv(
-        deployment,
+        SimulatedDeployment(loaded, sampler),
         guard=GuardSettings() if guard is None else guard,
-        reference=measure_reference(deployment, seed=0, max_windows=windows),
+        reference=reference,
         miss_weight=DEFAULT_MISS_WEIGHT if miss_weight is None else miss_weight,
         max_windows=windows,
     )
@@ -89,22 +86,3 @@ def make_replayed(journal: str | Path) -> ServingEnv:
     from rlgov.journal import read_journal  # noqa: PLC0415
 
     return ServingEnv(ReplayedDeployment(read_journal(Path(journal))))
-
-
-def _trace(trace: str | Trace, duration_s: float, seed: int) -> Trace:
-    if not duration_s > 0:
-        msg = f"episode_s and rate_scale must be above 0, got a trace span of {duration_s} s"
-        raise ConfigError(msg)
-    if not isinstance(trace, str):
-        return trace.slice(0.0, duration_s)
-    from rlgov.workload.synthesis import SPECS, synthesize  # noqa: PLC0415  # lazy, as above
-
-    if trace in SPECS:
-        return synthesize(replace(SPECS[trace], duration_s=duration_s), np.random.default_rng(seed))
-    path = Path(trace)
-    if not path.exists():
-        msg = f"trace {trace!r} is neither a file nor one of {', '.join(sorted(SPECS))}"
-        raise ConfigError(msg)
-    from rlgov.workload.readers import read_trace  # noqa: PLC0415  # lazy, as above
-
-    return read_trace(path).slice(0.0, duration_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -16,12 +16,17 @@ from rlgov.journal import observation_digest
 from rlgov.records import Column, Decision
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from rlgov.deployments.base import Deployment
     from rlgov.records import Configuration, Limits, Window
 
 _SEED_BOUND = 2**31 - 1
+
+ReferenceOf: TypeAlias = "Callable[[int], Reference]"
+"""Gives an episode's reference for the seed its deployment is started with."""
 
 
 class DecisionRecorder(Protocol):
@@ -107,7 +112,8 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         deployment: What is governed.
         guard: Settings of the guard; None for no guard (published rules run as published).
         reward_settings: Scales and bounds of the reward.
-        reference: What the reward is relative to; None for a nominal one. See :func:`measure_reference`.
+        reference: What the reward is relative to: one reference for all episodes, a function that gives
+            it for an episode's deployment seed, or None for a nominal one. See :func:`measure_reference`.
         miss_weight: Lambda, the price of SLO misses; may be set between steps.
         max_windows: Longest episode in steps; None for as long as the workload lasts.
         recorder: Takes every decision before it is acted on.
@@ -126,7 +132,7 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         *,
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008  # frozen
         reward_settings: RewardSettings = RewardSettings(),  # noqa: B008  # frozen
-        reference: Reference | None = None,
+        reference: Reference | ReferenceOf | None = None,
         miss_weight: float = DEFAULT_MISS_WEIGHT,
         max_windows: int | None = None,
         recorder: DecisionRecorder | None = None,
@@ -137,7 +143,8 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.miss_weight = miss_weight
         self._guard_settings = guard
         self._reward_settings = reward_settings
-        self._given_reference = reference
+        self._reference_given = reference
+        self._reference = Reference.nominal(deployment.limits)
         self._max_windows = max_windows
         self._recorder: DecisionRecorder = NullRecorder() if recorder is None else recorder
         self._policy_digest = policy_digest
@@ -164,7 +171,8 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Start a new episode; the deployment's seed is drawn from the environment's generator."""
         super().reset(seed=seed)
-        window = self.deployment.start(int(self.np_random.integers(_SEED_BOUND)))
+        deployment_seed = int(self.np_random.integers(_SEED_BOUND))
+        window = self.deployment.start(deployment_seed)
         limits = self.deployment.limits
         if limits.axis_sizes != self._limits.axis_sizes:
             msg = (
@@ -174,6 +182,7 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             raise DeploymentError(msg)
         if limits != self._limits:
             self._adopt(limits)
+        self._reference = self._reference_of(deployment_seed)
         everything = np.ones(1, dtype=np.bool_)
         self._encoder.reset(everything)
         self._guard.reset(everything)
@@ -229,7 +238,12 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         )
         level = limits.service_level
         self._service_levels = np.array([[level.ttft_s, level.tpot_s]])
-        self._reference = self._given_reference or Reference.nominal(limits)
+
+    def _reference_of(self, deployment_seed: int) -> Reference:
+        given = self._reference_given
+        if given is None:
+            return Reference.nominal(self._limits)
+        return given if isinstance(given, Reference) else given(deployment_seed)
 
     def _see(self, window: Window) -> None:
         self._window = window

@@ -255,8 +255,12 @@ class FileSink:
             raise JournalError(msg) from error
 
     def close(self) -> None:
-        """Close the file; safe to call twice."""
-        self._file.close()
+        """Close the file; safe to call twice. Raises JournalError when lines could not be written out."""
+        try:
+            self._file.close()
+        except OSError as error:
+            msg = f"{self._path}: cannot be written ({error}); free some space or journal elsewhere"
+            raise JournalError(msg) from error
 
 
 class JournalWriter:

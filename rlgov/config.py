@@ -206,10 +206,7 @@ def _refuse_unknown(path: Path, prefix: str, values: Mapping[Any, Any], record: 
 def _fields(record: type) -> dict[str, type | None]:
     """The fields of a record of settings; for those that are records themselves, which."""
     annotations = get_type_hints(record)
-    if issubclass(record, BaseModel):
-        names = list(record.model_fields)
-    else:
-        names = [field.name for field in dataclasses.fields(record)]
+    names = list(record.model_fields) if issubclass(record, BaseModel) else list(annotations)
     return {name: kind if _is_record(kind := annotations[name]) else None for name in names}
 
 

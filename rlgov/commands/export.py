@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from rlgov.commands.output import Json, put_fields, put_json
 from rlgov.config import ExportSettings
+from rlgov.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+BUNDLE_NAMES = {"best": "policy.safetensors", "last": "policy-last.safetensors"}
 
 
 def export(*, settings: Annotated[ExportSettings, Parameter(name="*")], json: Json = False) -> None:
@@ -21,19 +29,62 @@ def export(*, settings: Annotated[ExportSettings, Parameter(name="*")], json: Js
         json: Report as JSON.
     """
     from rlgov.agents.bundle import load_bundle
-    from rlgov.agents.train import export_run
 
-    path = export_run(settings.run, settings.out, model=settings.model)
-    bundle = load_bundle(path)
-    manifest = bundle.manifest
-    record = {
-        "file": str(path),
-        "name": manifest.name,
-        "profile": manifest.profile_name,
+    out = settings.out or settings.run / BUNDLE_NAMES[settings.model]
+    _write(settings, out)
+    bundle = load_bundle(out)
+    record: dict[str, object] = {
+        "file": str(out),
+        "name": bundle.manifest.name,
+        "profile": bundle.manifest.profile_name,
         "digest": bundle.digest,
-        "bytes": path.stat().st_size,
+        "size_bytes": out.stat().st_size,
     }
     if json:
         put_json(record)
     else:
         put_fields("bundle", record)
+
+
+def _write(settings: ExportSettings, out: Path) -> None:
+    import numpy as np
+    import torch
+
+    from rlgov.agents.callbacks import run_episodes
+    from rlgov.agents.ppo import build_ppo, load_checkpoint
+    from rlgov.agents.train import SimulatedEnvironments, export_trained, load_config
+
+    source = _source(settings)
+    config = load_config(settings.run / "config.yml")
+    torch.set_num_threads(1)  # as in training: small matrices, and equal rounding
+    env = SimulatedEnvironments(config)(config, config.slo_scales, config.environments, validation=False)
+    seen: list[NDArray[np.float32]] = []
+    try:
+        model = build_ppo(env, config.ppo, config.seed)
+        if settings.model == "best":
+            model.set_parameters(str(source), device="cpu")
+        else:
+            load_checkpoint(model, source)
+        # A bundle carries what observations looked like in training, so some episodes are played again.
+        run_episodes(model, env, config.seed, lambda observations: seen.append(observations.copy()))
+        export_trained(model, np.concatenate(seen), config, out)
+    finally:
+        env.close()
+
+
+def _source(settings: ExportSettings) -> Path:
+    from rlgov.agents.callbacks import checkpoints
+
+    if not (settings.run / "config.yml").is_file():
+        raise ConfigError(f"{settings.run} is no training run (no config.yml); name its folder with --run")
+    if settings.model == "best":
+        best = settings.run / "best_model.zip"
+        if not best.is_file():
+            raise ConfigError(f"{best} does not exist: no model was evaluated yet; try --model last")
+        return best
+    found = checkpoints(settings.run / "checkpoints")
+    if not found:
+        raise ConfigError(
+            f"{settings.run} holds no checkpoint yet; train on with --resume, or try --model best"
+        )
+    return found[-1]

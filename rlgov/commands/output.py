@@ -7,12 +7,15 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from rich.console import Console
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
+
+WIDTH_WITHOUT_TERMINAL = 140
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 """The flag of every command that reports."""
@@ -21,6 +24,11 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 def put_json(value: Any) -> None:  # noqa: ANN401  # anything that JSON can hold
     """Write one JSON value to standard output; a number that JSON lacks (NaN) is an error, not a surprise."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def console() -> Console:
+    """Where tables go: standard output, wide enough for every column when nobody's window limits it."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL, file=sys.stdout)
 
 
 def put_fields(title: str, fields: Mapping[str, object]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.table import Table
 
-from rlgov.commands.output import Json, put_fields, put_json
+from rlgov.commands.output import Json, console, put_fields, put_json
 from rlgov.simulation.profile import Profile, load_profile, profile_names
 
 
@@ -47,7 +44,7 @@ def show(profile: str, *, json: Json = False) -> None:
             parameter.kind,
             parameter.source,
         )
-    Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty()).print(table)
+    console().print(table)
 
 
 def _limits(profile: Profile) -> dict[str, object]:
@@ -68,4 +65,4 @@ def _limits(profile: Profile) -> dict[str, object]:
 
 
 def _listed(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return ", ".join(f"{value:.10g}" for value in values)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from rlgov.commands.output import Json, Progress, put_json
+from rlgov.commands.output import Json, Progress, console, put_json
 from rlgov.commands.traces import open_trace
 from rlgov.config import DEFAULT_BASELINES, ReplaySettings
 from rlgov.errors import ConfigError
@@ -35,8 +35,6 @@ def replay(*, settings: Annotated[ReplaySettings, Parameter(name="*")] = DEFAULT
 
 
 def _replay(settings: ReplaySettings, *, json: bool) -> None:
-    from rich.console import Console
-
     from rlgov.agents.replay import ReplaySpec, replay
     from rlgov.agents.report import policies_table, write_report
 
@@ -58,14 +56,12 @@ def _replay(settings: ReplaySettings, *, json: bool) -> None:
     if json:
         put_json(result.to_json())
         return
-    Console().print(policies_table(result))
+    console().print(policies_table(result))
     for path in files.values():
         sys.stdout.write(f"{path}\n")
 
 
 def _audit(settings: ReplaySettings, journal_file: Path, *, json: bool) -> int:
-    from rich.console import Console
-
     from rlgov.agents.audit import audit_journal
     from rlgov.agents.baselines import PolicyContext, by_name
     from rlgov.journal import read_journal
@@ -85,6 +81,6 @@ def _audit(settings: ReplaySettings, journal_file: Path, *, json: bool) -> int:
     if json:
         put_json(report)
     else:
-        Console().print(found.table())
+        console().print(found.table())
         sys.stdout.write(f"{path}\n")
     return 0 if found.equal else EXIT_DIVERGED

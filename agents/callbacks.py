@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from numpy.typing import NDArray
-    from stable_baselines3.common.vec_env import VecEnv
+    from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
     from rlgov.agents.lagrangian import LagrangeMultiplier
     from rlgov.agents.ppo import Ppo
@@ -259,7 +259,7 @@ class BoundaryCallback(BaseCallback):
         """Everything random starts anew from (seed, steps): a resumed run repeats the same future."""
         model = self.model
         model.set_random_seed(leg_seed(self._config.seed, steps))
-        self.training_env.miss_weight = self._state.multiplier.miss_weight  # type: ignore[attr-defined]  # TrainingEnv
+        self.training_env.set_attr("miss_weight", self._state.multiplier.miss_weight)
         model._last_obs = self.training_env.reset()  # type: ignore[assignment]  # noqa: SLF001  # as SB3's own _setup_learn does
         model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=bool)  # noqa: SLF001
         cast("TrainingEnv", self.training_env).totals()
@@ -292,6 +292,7 @@ class BoundaryCallback(BaseCallback):
                 steps=steps,
                 updates=self.model._n_updates,  # noqa: SLF001  # Stable-Baselines3 offers no getter
                 multiplier=self._state.multiplier.state(),
+                return_scale=return_scale(cast("VecNormalize", self.training_env)),
                 best=self._state.best,
             ),
         )
@@ -300,6 +301,17 @@ class BoundaryCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+def return_scale(env: VecNormalize) -> tuple[float, float, float]:
+    """What rewards are divided by: running mean, variance and count of returns."""
+    return float(env.ret_rms.mean), float(env.ret_rms.var), float(env.ret_rms.count)
+
+
+def restore_return_scale(env: VecNormalize, scale: tuple[float, float, float]) -> None:
+    """Inverse of :func:`return_scale`."""
+    mean, variance, count = scale
+    env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count = np.array(mean), np.array(variance), count
 
 
 def checkpoint_name(steps: int) -> str:
@@ -327,7 +339,7 @@ class RolloutCallback(BaseCallback):
         env = cast("TrainingEnv", self.training_env)
         totals = {name: float(np.sum(value)) for name, value in env.totals().items()}
         multiplier = self._state.multiplier
-        env.miss_weight = multiplier.update(totals["arrivals"], totals["misses"])
+        self.training_env.set_attr("miss_weight", multiplier.update(totals["arrivals"], totals["misses"]))
         model = cast("Ppo", self.model)
         record_rollout(self.logger, totals, model.rollout_buffer.actions, env.limits)
         self.logger.record("constraint/miss_weight", multiplier.miss_weight)

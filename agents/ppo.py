@@ -87,6 +87,7 @@ class Checkpoint:
     steps: int
     updates: int
     multiplier: dict[str, object]
+    return_scale: tuple[float, float, float]  # running mean, variance and count of returns
     best: dict[str, float] | None
 
 
@@ -99,6 +100,7 @@ def save_checkpoint(model: Ppo, path: Path, checkpoint: Checkpoint) -> None:
         "steps": checkpoint.steps,
         "updates": checkpoint.updates,
         "multiplier": checkpoint.multiplier,
+        "return_scale": list(checkpoint.return_scale),
         "best": checkpoint.best,
     }
     with zipfile.ZipFile(partial, mode="a") as archive:
@@ -113,7 +115,8 @@ def load_checkpoint(model: Ppo, path: Path) -> Checkpoint:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            checkpoint = Checkpoint(**json.loads(archive.read(STATE_ENTRY)))
+            document = json.loads(archive.read(STATE_ENTRY))
+        checkpoint = Checkpoint(**document | {"return_scale": tuple(document["return_scale"])})
         model.set_parameters(str(path), exact_match=True, device="cpu")
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError, RuntimeError) as error:
         msg = (

@@ -26,6 +26,7 @@ import yaml
 from pydantic import ValidationError
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
 
 from rlgov.agents.bundle import Origin, export_bundle
 from rlgov.agents.callbacks import (
@@ -36,9 +37,11 @@ from rlgov.agents.callbacks import (
     RunState,
     StopCallback,
     checkpoints,
+    restore_return_scale,
     run_episodes,
     stop_on_signals,
 )
+from rlgov.agents.episodes import ServableEpisodes
 from rlgov.agents.lagrangian import LagrangeMultiplier
 from rlgov.agents.ppo import build_ppo, load_checkpoint
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
@@ -141,7 +144,7 @@ class SimulatedEnvironments:
         )
         return ServingVecEnv(
             sampler.limits,
-            sampler,
+            ServableEpisodes(sampler, sampler.limits, config.least_attainment),
             sampler.nominal,
             count,
             windows=max(round(config.episode_s / sampler.limits.interval_s), 1),
@@ -216,8 +219,15 @@ def train(
         for scale in config.slo_scales
     }
     try:
-        model = build_ppo(env, config.ppo, config.seed)
-        state = _restore(model, config) if config.resume else RunState(LagrangeMultiplier(config.lagrangian))
+        # Returns of unit variance: unscaled, the value loss would crowd the policy out of the common
+        # gradient norm, the more the higher the miss weight.
+        scaled = VecNormalize(env, norm_obs=False, norm_reward=True, gamma=config.ppo.gamma)
+        model = build_ppo(scaled, config.ppo, config.seed)
+        state = (
+            _restore(model, scaled, config)
+            if config.resume
+            else RunState(LagrangeMultiplier(config.lagrangian))
+        )
         boundary = BoundaryCallback(config, state, validation)
         boundary.log.restore(model.num_timesteps)
         logger = configure(str(config.out), ["tensorboard", "csv"])
@@ -290,9 +300,10 @@ def _prepare_folder(config: TrainConfig, command: str) -> None:
         file.write(command + "\n")
 
 
-def _restore(model: Ppo, config: TrainConfig) -> RunState:
+def _restore(model: Ppo, env: VecNormalize, config: TrainConfig) -> RunState:
     checkpoint = load_checkpoint(model, checkpoints(config.out / "checkpoints")[-1])
     state = RunState(LagrangeMultiplier.restored(config.lagrangian, checkpoint.multiplier), checkpoint.best)
+    restore_return_scale(env, checkpoint.return_scale)
     state.rerank(config.lagrangian.target_attainment)
     return state
 

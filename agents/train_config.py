@@ -124,6 +124,8 @@ class TrainConfig(_Settings):
     """Multiples of the profile's service level that episodes are drawn under."""
     episode_s: PositiveFloat = 300.0
     """Simulated seconds per episode."""
+    least_attainment: Fraction = 0.97
+    """Episodes that the fastest setting serves worse than this are drawn again: nobody can serve them."""
     randomize_physics: bool = True
     """Draw the profile's uncertain parameters anew for each episode."""
     total_steps: PositiveInt = 3_000_000

@@ -41,7 +41,7 @@ class Reason(IntEnum):
     RATE_LIMIT = 3  # the clock may fall only so fast
     DWELL = 4  # the batch cap or the TP degree moved too recently
     SWITCHING = 5  # a TP switch is in progress
-    SLO_OVERRIDE = 6  # the SLO is burning: fastest clock, largest cap
+    SLO_OVERRIDE = 6  # the SLO is burning: fastest clock, largest cap, no smaller TP degree
     BLIND = 7  # the deployment could not be observed: fastest clock, largest cap
 
 
@@ -108,8 +108,12 @@ _REQUIRED = np.array(
     [Column[name.upper()] for name in WINDOW_FIELDS if not name.startswith(("ttft_", "tpot_", "itl_"))],
     dtype=np.intp,
 )
+_BURN = np.array([Column.ARRIVALS, Column.MISSES], dtype=np.intp)
+_TRAFFIC = np.array([Column.ARRIVALS, Column.RUNNING, Column.WAITING], dtype=np.intp)
+_TROUBLE = np.array([Column.OLDEST_WAIT_S, Column.OVERDUE, Column.MISSES], dtype=np.intp)
+_SWITCH, _CAP_MOVE = 0, 1
 _TOLERANCE = 1e-6
-_ABSURD = 1e15
+_TOO_MUCH = np.where(_REQUIRED == Column.BLIND, _TOLERANCE, 1e15)  # so any blind flag but 0 is caught, too
 _SLACK_S = 1e-9  # dwell times are sums of interval lengths: absorbs their rounding
 
 
@@ -128,6 +132,7 @@ class _Assessment:
     current: NDArray[np.int64]
     tp_feasible: NDArray[np.bool_]
     duration_s: NDArray[np.float64]
+    since_s: NDArray[np.float64]
     average: NDArray[np.float64]
 
 
@@ -149,15 +154,18 @@ class Guard:
         self.n = n
         self._kv_capacity_tokens = np.array(limits.kv_capacity_tokens, dtype=np.float64)
         self._smallest_kv_tokens = float(self._kv_capacity_tokens.min())
-        self._wait_limit_s = np.full(n, settings.override_wait_fraction * limits.service_level.ttft_s)
-        self._since_switch_s = np.full(n, np.inf)
-        self._since_cap_s = np.full(n, np.inf)
+        self._trouble = np.empty((n, len(_TROUBLE)))
+        self._trouble[:, 0] = settings.override_wait_fraction * limits.service_level.ttft_s
+        self._trouble[:, 1:] = settings.override_overdue, settings.override_misses
+        self._since_s = np.full((n, 2), np.inf)  # since the last TP switch, since the cap moved
+        self._dwell_s = np.array([settings.tp_dwell_s, settings.cap_dwell_s]) - _SLACK_S
         self._hold_left_s = np.zeros(n)
         self._average = np.zeros((n, 2))  # arrivals and misses per second
         self._tp_index = np.zeros(n, dtype=np.int64)  # of the TP degree last applied
         self._assessed: _Assessment | None = None
         self._rows_index = np.arange(n)
         self._cap_rank = np.arange(self.table.nvec[CAP])
+        self._tp_rank = np.arange(self.table.nvec[TP])
         self._clock_rank = np.arange(self.table.nvec[CLOCK])
 
     def reset(self, which: NDArray[np.bool_], service_levels: NDArray[np.float64] | None = None) -> None:
@@ -167,14 +175,13 @@ class Guard:
             which: Rows whose episode begins anew, bool of shape (n,).
             service_levels: ``[ttft_s, tpot_s]`` of every row, shape (n, 2).
         """
-        self._since_switch_s[which] = np.inf
-        self._since_cap_s[which] = np.inf
+        self._since_s[which] = np.inf
         self._hold_left_s[which] = 0.0
         self._average[which] = 0.0
         self._tp_index[which] = 0
         self._assessed = None
         if service_levels is not None:
-            self._wait_limit_s = self.settings.override_wait_fraction * service_levels[:, 0]
+            self._trouble[:, 0] = self.settings.override_wait_fraction * service_levels[:, 0]
 
     def mask(self, rows: NDArray[np.float64]) -> NDArray[np.bool_]:
         """What would be let through, flat (clock, cap, TP), shape (n, table.size).
@@ -242,10 +249,9 @@ class Guard:
         # A decision takes effect now and holds for one interval, which is why times since a change
         # start at 0 and grow by the length of the *next* window when that is assessed.
         switched = (applied[:, TP] != state.current[:, TP]) | state.switching
-        self._since_switch_s += state.duration_s
-        self._since_switch_s[switched] = 0.0
-        self._since_cap_s += state.duration_s
-        self._since_cap_s[applied[:, CAP] != state.current[:, CAP]] = 0.0
+        self._since_s = state.since_s
+        self._since_s[switched, _SWITCH] = 0.0
+        self._since_s[applied[:, CAP] != state.current[:, CAP], _CAP_MOVE] = 0.0
         hold_left_s = np.maximum(self._hold_left_s - state.duration_s, 0.0)
         self._hold_left_s = np.where(state.triggered, self.settings.hold_s, hold_left_s)
         self._average = state.average
@@ -260,45 +266,44 @@ class Guard:
             msg = f"expected rows of shape {(self.n, len(WINDOW_FIELDS))}, got {rows.shape}"
             raise ConfigError(msg)
         settings = self.settings
-        blind = rows[:, Column.BLIND] != 0.0
         required = rows.take(_REQUIRED, axis=1)
-        blind |= ~((required > -_TOLERANCE) & (required < _ABSURD)).all(axis=1)
-        seen = ~blind
-        if blind.any():
+        blind = ~((required > -_TOLERANCE) & (required < _TOO_MUCH)).all(axis=1)
+        duration_s = rows[:, Column.DURATION_S].copy()
+        some_blind = bool(blind.any())
+        if some_blind:
+            duration_s[blind] = self.table.limits.interval_s
             rows = np.where(blind[:, None], 0.0, rows)
-        duration_s = np.where(seen, rows[:, Column.DURATION_S], self.table.limits.interval_s)
         current = self.table.in_force(rows)
-        switching = (rows[:, Column.SWITCHING] > 0.0) & seen
+        switching = rows[:, Column.SWITCHING] > 0.0
         # While a switch is in progress the row shows the old engine's degree, and a blind row shows
         # nothing: what was applied last stands in both cases.
         np.copyto(current[:, TP], self._tp_index, where=switching | blind)
-        waiting, running = rows[:, Column.WAITING], rows[:, Column.RUNNING]
-        misses = rows[:, Column.MISSES]
-        arrivals = rows[:, Column.ARRIVALS]
-        idle = (arrivals == 0.0) & (running == 0.0) & (waiting == 0.0)
+        idle = ~rows.take(_TRAFFIC, axis=1).any(axis=1)
 
         alpha = np.minimum(duration_s / settings.burn_window_s, 1.0)
-        rates = np.stack((arrivals, misses), axis=1) / np.maximum(duration_s, _SLACK_S)[:, None]
+        rates = rows.take(_BURN, axis=1) / np.maximum(duration_s, _SLACK_S)[:, None]
         average = self._average + alpha[:, None] * (rates - self._average)
-        np.copyto(average, self._average, where=blind[:, None])
+        if some_blind:
+            average[blind] = self._average[blind]
+            idle &= ~blind
         burning = average[:, 1] >= settings.burn_share * average[:, 0]
         burning &= average[:, 1] * settings.burn_window_s >= max(settings.burn_misses, _SLACK_S)
-        triggered = rows[:, Column.OLDEST_WAIT_S] >= self._wait_limit_s
-        triggered |= rows[:, Column.OVERDUE] >= settings.override_overdue
-        triggered |= misses >= settings.override_misses
+        triggered = (rows.take(_TROUBLE, axis=1) >= self._trouble).any(axis=1)
         triggered |= burning
         triggered |= blind
         override = triggered | (self._hold_left_s > _SLACK_S)
 
-        tp_frozen = self._since_switch_s + duration_s < settings.tp_dwell_s - _SLACK_S
-        tp_frozen |= switching | blind
-        cap_frozen = self._since_cap_s + duration_s < settings.cap_dwell_s - _SLACK_S
+        since_s = self._since_s + duration_s[:, None]
+        frozen = since_s < self._dwell_s
+        tp_frozen, cap_frozen = frozen[:, _SWITCH] | switching | blind, frozen[:, _CAP_MOVE]
         in_use_tokens = rows[:, Column.KV_USAGE] * self._kv_capacity_tokens[current[:, TP]]
         in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * settings.kv_headroom
         tp_feasible = self._kv_capacity_tokens >= in_use_tokens[:, None]
+        if override.any():  # an override goes upwards only: no move to a smaller TP degree either
+            tp_feasible &= ~override[:, None] | (self._tp_rank <= current[:, TP:])
         self._assessed = _Assessment(
-            key, blind, idle & seen, override, triggered, switching, tp_frozen, cap_frozen, current,
-            tp_feasible, duration_s, average,
+            key, blind, idle, override, triggered, switching, tp_frozen, cap_frozen, current,
+            tp_feasible, duration_s, since_s, average,
         )  # fmt: skip
         return self._assessed
 

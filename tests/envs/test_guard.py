@@ -104,6 +104,7 @@ def test_a_random_run_keeps_every_promise(limits: Limits, calm: Window, seed: in
         applied, reasons = guard.apply(wanted, plant.rows)
         overridden = np.isin(reasons, (Reason.SLO_OVERRIDE, Reason.BLIND))
         assert (applied[overridden, :TP] == 0).all()
+        assert (applied[overridden, TP] <= previous[overridden, TP]).all()
         assert (applied[:, :TP] <= np.maximum(wanted, previous + 2)[:, :TP]).all()
         assert (applied[:, CLOCK] - previous[:, CLOCK] <= settings.max_down_steps).all()
         for i in range(n):
@@ -219,6 +220,14 @@ def test_a_burning_slo_overrides_upwards_and_holds(
     for expected in (Reason.SLO_OVERRIDE, Reason.SLO_OVERRIDE, Reason.POLICY):
         _, reasons = guard.apply(asked(0, 0, 1), rows_at(calm, limits, (0, 0, 1)))
         assert reasons[0] == expected
+
+
+def test_a_burning_slo_refuses_a_smaller_tp_degree_and_allows_a_larger(limits: Limits, calm: Window) -> None:
+    bad = rows_at(calm, limits, (0, 0, 1), misses=9.0)
+    guard = Guard(GuardSettings(), limits, 1)
+    assert guard.mask(bad)[0, -3:].tolist() == [True, True, False]
+    assert guard.apply(asked(0, 0, 2), bad)[0][0, TP] == 1
+    assert Guard(GuardSettings(), limits, 1).apply(asked(0, 0, 0), bad)[0][0, TP] == 0
 
 
 def test_slow_burning_triggers_by_its_share_of_arrivals(limits: Limits, calm: Window) -> None:

@@ -267,7 +267,8 @@ class Guard:
             raise ConfigError(msg)
         settings = self.settings
         required = rows.take(_REQUIRED, axis=1)
-        blind = ~((required > -_TOLERANCE) & (required < _TOO_MUCH)).all(axis=1)
+        usable = (required > -_TOLERANCE) & (required < _TOO_MUCH)
+        blind: NDArray[np.bool_] = ~np.logical_and.reduce(usable, axis=1)
         duration_s = rows[:, Column.DURATION_S].copy()
         some_blind = bool(blind.any())
         if some_blind:
@@ -278,7 +279,7 @@ class Guard:
         # While a switch is in progress the row shows the old engine's degree, and a blind row shows
         # nothing: what was applied last stands in both cases.
         np.copyto(current[:, TP], self._tp_index, where=switching | blind)
-        idle = ~rows.take(_TRAFFIC, axis=1).any(axis=1)
+        idle: NDArray[np.bool_] = ~np.logical_or.reduce(rows.take(_TRAFFIC, axis=1) != 0.0, axis=1)
 
         alpha = np.minimum(duration_s / settings.burn_window_s, 1.0)
         rates = rows.take(_BURN, axis=1) / np.maximum(duration_s, _SLACK_S)[:, None]
@@ -288,7 +289,8 @@ class Guard:
             idle &= ~blind
         burning = average[:, 1] >= settings.burn_share * average[:, 0]
         burning &= average[:, 1] * settings.burn_window_s >= max(settings.burn_misses, _SLACK_S)
-        triggered = (rows.take(_TROUBLE, axis=1) >= self._trouble).any(axis=1)
+        trouble = rows.take(_TROUBLE, axis=1) >= self._trouble
+        triggered: NDArray[np.bool_] = np.logical_or.reduce(trouble, axis=1)
         triggered |= burning
         triggered |= blind
         override = triggered | (self._hold_left_s > _SLACK_S)

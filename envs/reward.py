@@ -73,7 +73,7 @@ def reward(
     applied_index: NDArray[np.int64],
     reference: Reference,
     settings: RewardSettings,
-    miss_weight: float,
+    miss_weight: NDArray[np.float64] | float,
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """Reward of the windows in ``rows``, shape (n,), and its terms by name.
 

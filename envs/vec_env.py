@@ -53,6 +53,8 @@ class ServingVecEnv(VecEnv):
         guard: Settings of the guard; None for none.
         reward_settings: Scales and bounds of the reward.
         seed: Of the scenarios; simulation i draws from its own stream.
+        reward_scale: Factor on the rewards handed to the learner (not on those of ``infos``): returns of
+            order one are what a value network learns well.
         stagger: Let first episodes begin at different points, so that their ends do not coincide.
     """
 
@@ -68,26 +70,30 @@ class ServingVecEnv(VecEnv):
         reward_settings: RewardSettings = RewardSettings(),  # noqa: B008  # frozen
         seed: int = 0,
         stagger: bool = True,
+        reward_scale: float = 1.0,
     ) -> None:
         if n < 1 or windows < 1:
             msg = f"a vectorised environment needs n >= 1 and windows >= 1, got {n} and {windows}"
             raise ConfigError(msg)
         self.limits = limits
-        self.miss_weight = DEFAULT_MISS_WEIGHT
+        self.groups: tuple[str, ...] = getattr(sampler, "groups", ("all",))
+        self.miss_weights = np.full(len(self.groups), DEFAULT_MISS_WEIGHT)
+        self._group = np.zeros(n, dtype=np.int64)
         self._sampler = sampler
         self._windows = windows
         self._stagger = stagger
+        self._reward_scale = reward_scale
         self._guard: GuardLike = NullGuard(limits, n) if guard is None else Guard(guard, limits, n)
         self._encoder = ObservationEncoder(limits, n)
         self._reward_settings = reward_settings
         self._batch = SimulationBatch(limits, n, tables)
         self._fastest = SimulationBatch(limits, 1, tables)
+        self.render_mode = None
         super().__init__(
             n,
             spaces.Box(LOW, HIGH, shape=(len(FEATURES),), dtype=np.float32),
             spaces.MultiDiscrete(self._guard.table.nvec),
         )
-        self.render_mode = None
         self._scenarios: list[Scenario | None] = [None] * n
         self._service_levels = np.ones((n, 2))
         self._reference_energy_j = np.ones(n)
@@ -98,6 +104,8 @@ class ServingVecEnv(VecEnv):
         self._lengths = np.zeros(n, dtype=np.int64)
         self._sums = np.zeros((n, 5))  # of the episode: reward, energy, arrivals, misses, steps
         self._totals = np.zeros(len(_TOTALS) + 1)
+        self._group_windows = np.zeros(len(self.groups))
+        self._group_misses = np.zeros(len(self.groups))
         self._reasons = np.zeros(len(Reason), dtype=np.int64)
         self._actions = np.zeros((n, 3), dtype=np.int64)
         self.seed(seed)
@@ -123,6 +131,7 @@ class ServingVecEnv(VecEnv):
     def _load(self, i: int) -> None:
         scenario = self._sampler.sample(self._rngs[i])
         self._scenarios[i] = scenario
+        self._group[i] = scenario.group
         level = scenario.service_level
         self._service_levels[i] = level.ttft_s, level.tpot_s
         self._fastest.load(0, scenario.trace, scenario.tables, level)
@@ -157,12 +166,20 @@ class ServingVecEnv(VecEnv):
         previous, self._index = self._index, applied
         rows = self._rows
         rewards, _ = reward(
-            rows, previous, applied, self._reference, self._reward_settings, self.miss_weight
+            rows,
+            previous,
+            applied,
+            self._reference,
+            self._reward_settings,
+            self.miss_weights[self._group],
         )
         self._reasons += np.bincount(reasons, minlength=len(Reason))
         for k, (_, column) in enumerate(_TOTALS):
             self._totals[k] += rows[:, column].sum()
         self._totals[-1] += self._reference_energy_j.sum()
+        # Each episode counts alike, however many requests it has: misses in shares of its own arrivals.
+        np.add.at(self._group_windows, self._group, 1.0)
+        np.add.at(self._group_misses, self._group, rows[:, Column.MISSES] / self._reference_arrivals)
         self._sums[:, 0] += rewards
         self._sums[:, 1] += rows[:, Column.ENERGY_J]
         self._sums[:, 2] += rows[:, Column.ARRIVALS]
@@ -173,7 +190,7 @@ class ServingVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             observations = self._restart(dones, observations, infos)
-        return observations, rewards.astype(np.float32), dones, infos
+        return observations, (rewards * self._reward_scale).astype(np.float32), dones, infos
 
     def _restart(
         self, dones: NDArray[np.bool_], observations: NDArray[np.float32], infos: list[dict[str, Any]]
@@ -234,6 +251,25 @@ class ServingVecEnv(VecEnv):
         self._totals[:] = 0.0
         self._reasons[:] = 0
         return result
+
+    def group_totals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Since the last call, for each constraint group: windows, and misses in windows' worth of arrivals.
+
+        Their ratio is the share of requests missed, each episode counting alike.
+        """
+        result = self._group_windows.copy(), self._group_misses.copy()
+        self._group_windows[:] = 0.0
+        self._group_misses[:] = 0.0
+        return result
+
+    @property
+    def miss_weight(self) -> float:
+        """Mean lambda of the constraint groups; setting it sets all of them."""
+        return float(self.miss_weights.mean())
+
+    @miss_weight.setter
+    def miss_weight(self, value: float) -> None:
+        self.miss_weights[:] = value
 
     # ------------------------------------------------------------------ VecEnv's other duties
 

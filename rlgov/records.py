@@ -173,8 +173,40 @@ class Window:
 
 
 WINDOW_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Window))
-# Column numbers of a window row, by field name in capitals: the vectorised code's view of Window.
-Column = IntEnum("Column", {name.upper(): i for i, name in enumerate(WINDOW_FIELDS)})  # type: ignore[misc]  # built from Window so that the two cannot differ
+class Column(IntEnum):
+    """Column numbers of a window row: the vectorised code's view of :class:`Window`, in its order."""
+
+    START_S = 0
+    DURATION_S = 1
+    ARRIVALS = 2
+    PROMPT_TOKENS = 3
+    OUTPUT_TOKENS = 4
+    PREFILL_TOKENS = 5
+    SERVED = 6
+    MISSES = 7
+    OVERDUE = 8
+    PREEMPTIONS = 9
+    RUNNING = 10
+    WAITING = 11
+    WAITING_TOKENS = 12
+    OLDEST_WAIT_S = 13
+    RUNNING_MEAN = 14
+    BUSY_FRACTION = 15
+    KV_USAGE = 16
+    TTFT_P50_S = 17
+    TTFT_P99_S = 18
+    TPOT_P50_S = 19
+    TPOT_P99_S = 20
+    ITL_MEAN_S = 21
+    ENERGY_J = 22
+    MEASURED_CLOCK_MHZ = 23
+    THROTTLED_FRACTION = 24
+    SM_CLOCK_MHZ = 25
+    BATCH_CAP = 26
+    TP_DEGREE = 27
+    SWITCHING = 28
+    AGE_S = 29
+    BLIND = 30
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from rlgov.errors import ConfigError
 from rlgov.simulation.batch import SimulationBatch
 from rlgov.simulation.physics import build_tables, draw_parameters
 from rlgov.workload.synthesis import SPECS, synthesize
+from rlgov.workload.trace import Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rlgov.records import Limits, ServiceLevel
     from rlgov.simulation.profile import Profile
     from rlgov.simulation.tables import PhysicsTables
     from rlgov.workload.synthesis import SynthesisSpec
-    from rlgov.workload.trace import Trace
 
 CAPACITY_ATTAINMENT = 0.995
 """A deployment is at 100 % load where its fastest setting holds just this attainment."""
@@ -37,6 +37,7 @@ class Scenario:
     tables: PhysicsTables
     service_level: ServiceLevel
     start: tuple[int, int, int] = (0, 0, 0)
+    group: int = 0  # which of the sampler's constraint groups the episode belongs to
 
 
 class ScenarioSampler(Protocol):
@@ -61,38 +62,46 @@ class FixedScenario:
         return Scenario(self.trace, self.tables, self.service_level, self.start)
 
 
-def attainment_of_fastest(
-    limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel
+def attainment_at_full_clock(
+    limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel, tp_index: int = 0
 ) -> float:
-    """Share of the trace's requests served within the SLO when the fastest setting is held."""
+    """Share of requests served within the SLO at the fastest clock and cap, by default also TP degree."""
     batch = SimulationBatch(limits, 1, tables, capacity=max(len(trace), 1))
-    batch.load(0, trace, tables, service_level)
+    held = (0, 0, tp_index)
+    batch.load(0, trace, tables, service_level, held)
     windows = math.ceil(trace.duration_s / limits.interval_s) + _DRAIN_WINDOWS
-    batch.advance_windows(0, np.zeros((windows, 3), dtype=np.int64))
+    batch.advance_windows(0, np.tile(np.array(held, dtype=np.int64), (windows, 1)))
     log = batch.request_log(0)
     return 1.0 - float(np.mean(log.missed | np.isnan(log.finish_s)))
 
 
-def capacity_scale(
-    limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel, *, most: float = 64.0
-) -> float:
+def capacity_scale(limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel) -> float:
     """The largest rate scale at which the fastest setting holds 99.5 % attainment on ``trace``.
 
-    Found by bisection on a logarithmic scale. Raises ConfigError when no scale between 1/64 and
-    ``most`` will do, that is when the SLO cannot be held even without load.
+    Found by bisection on a logarithmic scale. Raises ConfigError when no scale from 1/256 on will do,
+    that is when the SLO cannot be held even without load.
     """
-    low, high = math.log(1 / 64), math.log(most)
-
-    def holds(scale: float) -> bool:
-        level = attainment_of_fastest(limits, tables, trace.scaled(scale), service_level)
-        return level >= CAPACITY_ATTAINMENT
-
-    if not holds(math.exp(low)):
+    scale = _capacity_at(limits, tables, trace, service_level, 0)
+    if scale is None:
         msg = (
             f"trace {trace.name}: the fastest setting misses {service_level} for more than 0.5 % of requests "
-            "even at a 64th of the rate; loosen the SLO (slo_scale) or drop the longest prompts"
+            "even at a 256th of the rate; loosen the SLO (slo_scale) or drop the longest prompts"
         )
         raise ConfigError(msg)
+    return scale
+
+
+def _capacity_at(
+    limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel, tp_index: int
+) -> float | None:
+    low, high = math.log(1 / 256), math.log(64.0)
+
+    def holds(scale: float) -> bool:
+        attainment = attainment_at_full_clock(limits, tables, trace.scaled(scale), service_level, tp_index)
+        return attainment >= CAPACITY_ATTAINMENT
+
+    if not holds(math.exp(low)):
+        return None
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
         if holds(math.exp(middle)):
@@ -102,31 +111,70 @@ def capacity_scale(
     return math.exp(low)
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a workload's load is measured in, for one SLO.
+
+    ``full`` is the rate scale (of a trace) or rate in 1/s (of a synthetic workload) at which the fastest
+    setting holds 99.5 %; ``tp_shares`` says what share of it each TP degree carries at full clock.
+    """
+
+    full: float
+    tp_shares: tuple[float, ...]
+
+    def starts(self, load: float) -> list[int]:
+        """TP indices that can carry ``load``; the largest degree always counts."""
+        return [0, *(j for j in range(1, len(self.tp_shares)) if self.tp_shares[j] >= load)]
+
+
+def measure_capacity(
+    limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel
+) -> Capacity:
+    """Capacity of the fastest setting in rate scales of ``trace``, and each TP degree's share of it."""
+    full = capacity_scale(limits, tables, trace, service_level)
+    others = [
+        _capacity_at(limits, tables, trace, service_level, j) or 0.0 for j in range(1, len(limits.tp_degrees))
+    ]
+    return Capacity(full, (1.0, *(scale / full for scale in others)))
+
+
 class Source(Protocol):
     """Where an episode's requests come from. ``load`` 1 is the capacity of the fastest setting."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
+
+    @property
+    def capacity(self) -> dict[float, Capacity]:
+        """By SLO scale; a scale that cannot be held even without load is absent."""
+        ...
 
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
     ) -> tuple[Trace, float]:
-        """Requests of one episode, and the load they amount to."""
+        """Requests of one episode, and its greatest load."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TraceSource:
-    """Random slices of a trace (give it the training span only), at a rate that makes the asked load.
-
-    ``capacity`` holds the rate scale of full load for each SLO scale.
-    """
+    """Random slices of a trace (give it the training span only), at a rate that makes the asked load."""
 
     trace: Trace
-    capacity: dict[float, float]
+    capacity: dict[float, Capacity]
+
+    @property
+    def name(self) -> str:
+        """The trace's."""
+        return self.trace.name
 
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
     ) -> tuple[Trace, float]:
         """A slice that begins at a random time; the trace is read as a ring."""
-        scale = self.capacity[slo_scale] * load
+        scale = self.capacity[slo_scale].full * load
         length_s = duration_s * scale
         span_s = self.trace.duration_s
         start_s = float(rng.uniform(0.0, span_s))
@@ -154,38 +202,43 @@ def _ring_slice(trace: Trace, start_s: float, length_s: float) -> Trace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SyntheticSource:
-    """Freshly generated requests. ``capacity`` holds the rate (1/s) of full load for each SLO scale.
-
-    A spec with a load curve (``low`` below ``high``) keeps its own swing: it is compressed into the
-    episode and ``load`` sets its height relative to ``peak_load``.
-    """
+    """Freshly generated requests, of a spec or, with a load curve (``low`` below ``high``), a part of it."""
 
     spec: SynthesisSpec
-    capacity: dict[float, float]
+    capacity: dict[float, Capacity]
+
+    @property
+    def name(self) -> str:
+        """The spec's."""
+        return self.spec.name
 
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
     ) -> tuple[Trace, float]:
-        """A new trace of the asked length."""
-        rate_per_s = self.capacity[slo_scale]
+        """A new trace of the asked length; a load curve keeps its own heights."""
+        rate_per_s = self.capacity[slo_scale].full
         if self.spec.low == self.spec.high:
             spec = replace(self.spec, rate_per_s=rate_per_s * load / self.spec.high, duration_s=duration_s)
             return synthesize(spec, rng), load
-        # an episode sees a part of the day, half of it on average, anywhere in it
-        cycles = float(rng.uniform(0.1, 1.0))
+        cycles = float(rng.uniform(*_DAYS_PER_EPISODE))
         spec = replace(
             self.spec, rate_per_s=rate_per_s, duration_s=duration_s, cycles=cycles, phase=float(rng.uniform())
         )
-        return synthesize(spec, rng), float(np.mean(spec.load(np.linspace(0.0, duration_s, 64))))
+        return synthesize(spec, rng), float(np.max(spec.load(np.linspace(0.0, duration_s, 64))))
+
+
+# An episode of minutes sees a part of a day, steeper or flatter than a whole hour's compressed day.
+_DAYS_PER_EPISODE = (0.04, 0.4)
 
 
 def synthetic_capacity(
     limits: Limits, tables: PhysicsTables, spec: SynthesisSpec, service_level: ServiceLevel
-) -> float:
-    """Arrival rate (1/s) at which the fastest setting holds 99.5 %, for ``spec`` without its load curve."""
+) -> Capacity:
+    """As :func:`measure_capacity`, in requests per second, for ``spec`` without its load curve."""
     flat = replace(spec, low=1.0, high=1.0, duration_s=1800.0)
     trace = synthesize(flat, np.random.default_rng(20231116))
-    return capacity_scale(limits, tables, trace, service_level) * trace.mean_rate_per_s
+    capacity = measure_capacity(limits, tables, trace, service_level)
+    return replace(capacity, full=capacity.full * trace.mean_rate_per_s)
 
 
 class EpisodeSampler:
@@ -221,6 +274,7 @@ class EpisodeSampler:
         self._randomize = randomize
         self._nominal = build_tables(profile)
         self._sources = [self._source(source) for source in sources]
+        self._pairs = [(k, scale) for k, source in enumerate(self._sources) for scale in source.capacity]
 
     @property
     def nominal(self) -> PhysicsTables:
@@ -233,28 +287,44 @@ class EpisodeSampler:
                 msg = f"no synthetic workload is called {source!r}; there are {', '.join(sorted(SPECS))}"
                 raise ConfigError(msg)
             source = SPECS[source]
-        level = self.limits.service_level
-        if hasattr(source, "arrival_s"):
-            trace: Trace = source
+        if isinstance(source, Trace):
+            trace = source
             return TraceSource(
                 trace,
-                {s: capacity_scale(self.limits, self._nominal, trace, level.scaled(s)) for s in self.slo_scales},
+                self._capacities(lambda level: measure_capacity(self.limits, self._nominal, trace, level)),
             )
-        spec: SynthesisSpec = source
+        spec = source
         return SyntheticSource(
-            spec,
-            {s: synthetic_capacity(self.limits, self._nominal, spec, level.scaled(s)) for s in self.slo_scales},
+            spec, self._capacities(lambda level: synthetic_capacity(self.limits, self._nominal, spec, level))
         )
+
+    def _capacities(self, measure: Callable[[ServiceLevel], Capacity]) -> dict[float, Capacity]:
+        found: dict[float, Capacity] = {}
+        failure: ConfigError | None = None
+        for slo_scale in self.slo_scales:
+            try:
+                found[slo_scale] = measure(self.limits.service_level.scaled(slo_scale))
+            except ConfigError as error:  # too tight for this workload, perhaps not for the others
+                failure = error
+        if not found and failure is not None:
+            raise failure
+        return found
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Constraint groups: each holds the stated attainment by itself. One a workload and SLO scale."""
+        return tuple(f"{self._sources[k].name} slo {slo_scale:g}" for k, slo_scale in self._pairs)
 
     def sample(self, rng: np.random.Generator) -> Scenario:
         """The scenario of one episode."""
-        source = self._sources[int(rng.integers(len(self._sources)))]
-        slo_scale = self.slo_scales[int(rng.integers(len(self.slo_scales)))]
-        load = float(rng.uniform(*self._load_range))
-        trace, _ = source.draw(rng, load, self.episode_s, slo_scale)
+        group = int(rng.integers(len(self._pairs)))
+        k, slo_scale = self._pairs[group]
+        source = self._sources[k]
+        trace, load = source.draw(rng, float(rng.uniform(*self._load_range)), self.episode_s, slo_scale)
         tables = self._nominal
         if self._randomize:
             tables = build_tables(self.profile, draw=draw_parameters(self.profile, rng))
-        clocks, _, degrees = self.limits.axis_sizes
-        start = (int(rng.integers(clocks)), 0, int(rng.integers(degrees)))
-        return Scenario(trace, tables, self.limits.service_level.scaled(slo_scale), start)
+        # Start where the load can be carried: what misses at a hopeless start teaches nothing.
+        degrees = source.capacity[slo_scale].starts(load)
+        start = (0, 0, degrees[int(rng.integers(len(degrees)))])
+        return Scenario(trace, tables, self.limits.service_level.scaled(slo_scale), start, group)

@@ -603,7 +603,7 @@ def fit_profile(calibration: Calibration, offer: Offer) -> Profile:
         deployment=DeploymentShape(
             allotted_gpus=offer.tp_degrees[0],
             tp_degrees=offer.tp_degrees,
-            sm_clocks_mhz=(1980, 1830, 1680, 1530, 1380, 1230, 1080, 930, 780, 600),
+            sm_clocks_mhz=(1980, 1830, 1680, 1530, 1380, 1230, 1080, 930, 780, 600, 405, 210),
             batch_caps=(256, 128, 64, 32, 16, 8),
             max_num_batched_tokens=1024,
             gpu_memory_utilization=0.9,

@@ -13,40 +13,46 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from rlgov.agents.ppo import Checkpoint, predict, save_checkpoint
-from rlgov.agents.tensorboard import record_episodes, record_evaluation, record_rollout
+from rlgov.agents.tensorboard import record_constraint, record_episodes, record_evaluation, record_rollout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import FrameType
 
     from numpy.typing import NDArray
     from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-    from rlgov.agents.lagrangian import LagrangeMultiplier
+    from rlgov.agents.lagrangian import LagrangeMultipliers
     from rlgov.agents.ppo import Ppo
     from rlgov.agents.train_config import TrainConfig
     from rlgov.records import Limits
 
-EVALUATION_ARRAYS = ("results", "ep_lengths", "attainment", "energy_ratio", "slo_scale", "arrivals")
+EVALUATION_ARRAYS = ("results", "ep_lengths", "attainment", "energy_ratio", "arrivals", "group")
 EPISODE_FIGURES = ("attainment", "energy_ratio")  # of an episode's info, besides r, l and t
 
 
 class TrainingEnv(Protocol):
     """What training needs of the vectorised environment besides Stable-Baselines3's VecEnv."""
 
-    miss_weight: float
     limits: Limits
+    groups: tuple[str, ...]  # constraint groups
+    miss_weights: NDArray[np.float64]  # of each group; written to between rollouts
 
-    def totals(self) -> Mapping[str, NDArray[np.float64] | float]:
+    def totals(self) -> Mapping[str, float]:
         """Counters since the last call, summed over environments; at least arrivals and misses."""
+        ...
+
+    def group_totals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Arrivals and misses since the last call, of each group, in any common unit."""
         ...
 
 
@@ -63,13 +69,13 @@ class Evaluation:
     length: NDArray[np.int64]
     attainment: NDArray[np.float64]
     energy_ratio: NDArray[np.float64]
-    slo_scale: NDArray[np.float64]
     arrivals: NDArray[np.float64]
+    group: NDArray[np.int64]
 
-    @property
-    def worst_attainment(self) -> float:
-        """Share of requests served in time under the SLO scale that is served worst."""
-        return min(self._attainment(self.slo_scale == scale) for scale in np.unique(self.slo_scale))
+    def group_attainments(self) -> NDArray[np.float64]:
+        """Share of requests served in time, by group."""
+        groups = np.arange(int(self.group.max()) + 1)
+        return np.array([self._attainment(self.group == group) for group in groups])
 
     @property
     def mean_attainment(self) -> float:
@@ -87,67 +93,85 @@ class Evaluation:
         """Energy saved against the fastest setting on the same episodes, as a share."""
         return 1.0 - float(self.energy_ratio.mean())
 
-    def rank(self, target_attainment: float) -> tuple[bool, float]:
-        """Larger is better: the highest saving that holds the target, else the best attainment."""
-        holds = self.worst_attainment >= target_attainment
-        return holds, self.saving if holds else self.worst_attainment
+    def figures(self, demanded: NDArray[np.float64]) -> dict[str, float]:
+        """The figures a model is chosen by, and a checkpoint remembers of the best one.
 
-    def figures(self) -> dict[str, float]:
-        """The figures a checkpoint remembers of the best model."""
+        ``demanded`` is the attainment asked of each group; ``shortfall`` is how far below it the worst
+        group stays.
+        """
+        attained = self.group_attainments()
         return {
             "steps": float(self.steps),
-            "worst_attainment": self.worst_attainment,
+            "shortfall": float(np.max(demanded - attained).clip(min=0.0)),
+            "worst_attainment": float(attained.min()),
             "attainment": self.mean_attainment,
             "saving": self.saving,
             "reward": float(self.reward.mean()),
         }
 
 
-def run_episodes(
-    model: Ppo, env: VecEnv, seed: int, observe: Callable[[Any], None] | None = None
-) -> list[dict[str, Any]]:
-    """One deterministic episode in every environment; the ``episode`` info of each, in order.
+def rank(figures: Mapping[str, float]) -> tuple[bool, float]:
+    """Larger is better: the highest saving where every group holds, else the least shortfall."""
+    holds = figures["shortfall"] <= 0.0
+    return holds, figures["saving"] if holds else -figures["shortfall"]
 
-    Stable-Baselines3 starts finished environments anew: what follows an environment's first episode is
-    not counted.
+
+Decide: TypeAlias = "Callable[[NDArray[np.float32], VecEnv], NDArray[np.int64]]"
+
+
+def hold_fastest(_observations: NDArray[np.float32], env: VecEnv) -> NDArray[np.int64]:
+    """What serving without a governor does."""
+    return np.zeros((env.num_envs, 3), dtype=np.int64)
+
+
+def run_episodes(
+    env: VecEnv, seed: int, decide: Decide, observe: Callable[[NDArray[np.float32]], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """One episode in every environment; the ``episode`` info of each, in order.
+
+    Environments start anew by themselves: what follows an environment's first episode is not counted.
     """
     env.seed(seed)
     observations = env.reset()
     episodes: list[dict[str, Any] | None] = [None] * env.num_envs
     while any(episode is None for episode in episodes):
         batch = cast("NDArray[np.float32]", observations)
-        if observe is not None:
-            observe(batch)
-        observations, _, dones, infos = env.step(predict(model, batch, env))
+        observe(batch)
+        observations, _, dones, infos = env.step(decide(batch, env))
         for i in np.flatnonzero(dones):
             if episodes[i] is None:
                 episodes[i] = infos[i]["episode"]
     return [episode for episode in episodes if episode is not None]
 
 
-def evaluate(model: Ppo, environments: Mapping[float, VecEnv], seed: int) -> Evaluation:
-    """Deterministic episodes under every SLO scale; the same ones for the same seed."""
+def evaluate(steps: int, environments: Sequence[VecEnv], seed: int, decide: Decide) -> Evaluation:
+    """Episodes of every group; the same ones for the same seed."""
     episodes: list[dict[str, Any]] = []
-    scales: list[float] = []
-    for scale, env in environments.items():
-        episodes += run_episodes(model, env, seed)
-        scales += [scale] * env.num_envs
+    groups: list[int] = []
+    for group, env in enumerate(environments):
+        episodes += run_episodes(env, seed, decide)
+        groups += [group] * env.num_envs
+
+    def column(name: str) -> NDArray[np.float64]:
+        return np.array([episode[name] for episode in episodes], dtype=np.float64)
+
     return Evaluation(
-        steps=model.num_timesteps,
-        reward=np.array([e["r"] for e in episodes], dtype=np.float64),
-        length=np.array([e["l"] for e in episodes], dtype=np.int64),
-        attainment=np.array([e["attainment"] for e in episodes], dtype=np.float64),
-        energy_ratio=np.array([e["energy_ratio"] for e in episodes], dtype=np.float64),
-        slo_scale=np.array(scales, dtype=np.float64),
-        arrivals=np.array([e["arrivals"] for e in episodes], dtype=np.float64),
+        steps=steps,
+        reward=column("r"),
+        length=column("l").astype(np.int64),
+        attainment=column("attainment"),
+        energy_ratio=column("energy_ratio"),
+        arrivals=column("arrivals"),
+        group=np.array(groups, dtype=np.int64),
     )
 
 
 class EvaluationLog:
     """evaluations.npz in Stable-Baselines3's layout, with attainment and energy beside the rewards."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, group_names: Sequence[str]) -> None:
         self._path = path
+        self._group_names = tuple(group_names)
         self._evaluations: list[Evaluation] = []
 
     def restore(self, until_steps: int) -> None:
@@ -166,8 +190,8 @@ class EvaluationLog:
     def append(self, evaluation: Evaluation) -> None:
         """Add one evaluation and write the file, whole or not at all."""
         self._evaluations.append(evaluation)
-        partial = self._path.with_suffix(".part")
-        with partial.open("wb") as file:
+        unfinished = self._path.with_suffix(".part")
+        with unfinished.open("wb") as file:
             np.savez(
                 file,
                 timesteps=np.array([e.steps for e in self._evaluations]),
@@ -175,10 +199,11 @@ class EvaluationLog:
                 ep_lengths=np.stack([e.length for e in self._evaluations]),
                 attainment=np.stack([e.attainment for e in self._evaluations]),
                 energy_ratio=np.stack([e.energy_ratio for e in self._evaluations]),
-                slo_scale=np.stack([e.slo_scale for e in self._evaluations]),
                 arrivals=np.stack([e.arrivals for e in self._evaluations]),
+                group=np.stack([e.group for e in self._evaluations]),
+                group_names=np.array(self._group_names),
             )
-        partial.replace(self._path)
+        unfinished.replace(self._path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -218,30 +243,24 @@ class Milestones:
 class RunState:
     """What callbacks share and a checkpoint keeps."""
 
-    multiplier: LagrangeMultiplier
+    multipliers: LagrangeMultipliers
     best: dict[str, float] | None = None
-    best_rank: tuple[bool, float] | None = None
     rollout_start_steps: int = 0
     interrupted: bool = False
-
-    def rerank(self, target_attainment: float) -> None:
-        """Recover the rank of the best model from its figures, after a resume."""
-        if self.best is not None:
-            holds = self.best["worst_attainment"] >= target_attainment
-            self.best_rank = (holds, self.best["saving"] if holds else self.best["worst_attainment"])
 
 
 class BoundaryCallback(BaseCallback):
     """Evaluates, keeps the best model, checkpoints and restarts episodes between rollouts."""
 
-    def __init__(self, config: TrainConfig, state: RunState, environments: Mapping[float, VecEnv]) -> None:
+    def __init__(self, config: TrainConfig, state: RunState, environments: Mapping[str, VecEnv]) -> None:
         super().__init__()
         self._config = config
         self._state = state
-        self._environments = environments
+        self._environments = tuple(environments.values())
+        self._demanded: NDArray[np.float64] | None = None
         self._milestones = Milestones.of(config)
         self._started = False
-        self.log = EvaluationLog(config.out / "evaluations.npz")
+        self.log = EvaluationLog(config.out / "evaluations.npz", tuple(environments))
 
     def _on_rollout_start(self) -> None:
         steps = self.model.num_timesteps
@@ -259,27 +278,33 @@ class BoundaryCallback(BaseCallback):
         """Everything random starts anew from (seed, steps): a resumed run repeats the same future."""
         model = self.model
         model.set_random_seed(leg_seed(self._config.seed, steps))
-        self.training_env.set_attr("miss_weight", self._state.multiplier.miss_weight)
+        env = cast("TrainingEnv", self.training_env)
+        env.miss_weights[:] = self._state.multipliers.miss_weights
         model._last_obs = self.training_env.reset()  # type: ignore[assignment]  # noqa: SLF001  # as SB3's own _setup_learn does
         model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=bool)  # noqa: SLF001
-        cast("TrainingEnv", self.training_env).totals()
+        env.totals()
+        env.group_totals()
 
     def evaluate(self) -> None:
         """Evaluate once at the present step and keep the model if it is the best so far."""
         if self.model.num_timesteps in self.log:
             return
         model = cast("Ppo", self.model)
-        outcome = evaluate(model, self._environments, self._config.evaluation.seed)
+        seed = self._config.evaluation.seed
+        if self._demanded is None:
+            # Nobody can be asked for more than the fastest setting attains.
+            reachable = evaluate(0, self._environments, seed, hold_fastest).group_attainments()
+            self._demanded = np.minimum(reachable, self._config.lagrangian.target_attainment)
+        outcome = evaluate(model.num_timesteps, self._environments, seed, partial(predict, model))
         self.log.append(outcome)
-        record_evaluation(self.logger, outcome.figures())
-        rank = outcome.rank(self._config.lagrangian.target_attainment)
-        if self._state.best_rank is None or rank > self._state.best_rank:
-            self._state.best_rank = rank
-            self._state.best = outcome.figures()
-            partial = self._config.out / "best_model.part"
-            with partial.open("wb") as file:
+        figures = outcome.figures(self._demanded)
+        record_evaluation(self.logger, figures)
+        if self._state.best is None or rank(figures) > rank(self._state.best):
+            self._state.best = figures
+            unfinished = self._config.out / "best_model.part"
+            with unfinished.open("wb") as file:
                 model.save(file)
-            partial.replace(self._config.out / "best_model.zip")
+            unfinished.replace(self._config.out / "best_model.zip")
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the present step and delete the oldest ones."""
@@ -291,7 +316,7 @@ class BoundaryCallback(BaseCallback):
             Checkpoint(
                 steps=steps,
                 updates=self.model._n_updates,  # noqa: SLF001  # Stable-Baselines3 offers no getter
-                multiplier=self._state.multiplier.state(),
+                multipliers=self._state.multipliers.state(),
                 return_scale=return_scale(cast("VecNormalize", self.training_env)),
                 best=self._state.best,
             ),
@@ -338,13 +363,11 @@ class RolloutCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         env = cast("TrainingEnv", self.training_env)
         totals = {name: float(np.sum(value)) for name, value in env.totals().items()}
-        multiplier = self._state.multiplier
-        self.training_env.set_attr("miss_weight", multiplier.update(totals["arrivals"], totals["misses"]))
+        multipliers = self._state.multipliers
+        env.miss_weights[:] = multipliers.update(*env.group_totals())
         model = cast("Ppo", self.model)
         record_rollout(self.logger, totals, model.rollout_buffer.actions, env.limits)
-        self.logger.record("constraint/miss_weight", multiplier.miss_weight)
-        if multiplier.attainment is not None:
-            self.logger.record("constraint/recent_attainment", multiplier.attainment)
+        record_constraint(self.logger, multipliers)
         ppo = self._config.ppo
         done = min(model.num_timesteps / self._config.whole_rollouts(self._config.total_steps), 1.0)
         model.ent_coef = ppo.entropy_weight + done * (ppo.final_entropy_weight - ppo.entropy_weight)
@@ -481,14 +504,15 @@ class ProgressCallback(BaseCallback):
             self._say(f"{steps:,} of {self._total_steps:,} steps  {self._status()}")
 
     def _status(self) -> str:
-        attainment = self._state.multiplier.attainment
+        attainments = self._state.multipliers.attainments
+        weights = self._state.multipliers.miss_weights
         parts = [
-            "attainment -" if attainment is None else f"attainment {attainment:.2%}",
-            f"miss weight {self._state.multiplier.miss_weight:.1f}",
+            f"worst attainment {min(attainments.values()):.2%}" if attainments else "no requests yet",
+            f"miss weights {weights.min():.1f} to {weights.max():.1f}",
         ]
         if self._state.best is not None:
             best = self._state.best
-            parts.append(f"best: saves {best['saving']:.1%} at {best['worst_attainment']:.2%} or more")
+            parts.append(f"best: saves {best['saving']:.1%} at {best['attainment']:.2%}")
         return ", ".join(parts)
 
     def _on_training_end(self) -> None:

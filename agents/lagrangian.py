@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from rlgov.agents.train_config import LagrangianSettings
 
 
@@ -55,7 +59,7 @@ class LagrangeMultiplier:
         self.miss_weight = math.exp(min(max(exponent, low), high))
         return self.miss_weight
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """JSON-serialisable state for a checkpoint."""
         return {
             "miss_weight": self.miss_weight,
@@ -64,15 +68,40 @@ class LagrangeMultiplier:
         }
 
     @classmethod
-    def restored(cls, settings: LagrangianSettings, state: dict[str, object]) -> LagrangeMultiplier:
+    def restored(cls, settings: LagrangianSettings, state: dict[str, Any]) -> LagrangeMultiplier:
         """Inverse of :meth:`state`."""
-        recent = state["recent"]
-        if not isinstance(recent, list):
-            msg = f"recent must be a list of pairs, got {recent!r}"
-            raise TypeError(msg)
-        return cls(
-            settings,
-            float(str(state["miss_weight"])),
-            float(str(state["log_integral"])),
-            deque((float(a), float(m)) for a, m in recent),
-        )
+        recent = deque((float(a), float(m)) for a, m in state["recent"])
+        return cls(settings, float(state["miss_weight"]), float(state["log_integral"]), recent)
+
+
+class LagrangeMultipliers:
+    """One multiplier for each constraint group, so that no workload pays for another one's misses."""
+
+    def __init__(self, settings: LagrangianSettings, groups: tuple[str, ...]) -> None:
+        self.groups = groups
+        self.each = [LagrangeMultiplier(settings) for _ in groups]
+
+    def update(self, arrivals: NDArray[np.float64], misses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Account for one rollout, shapes (groups,); returns the miss weights of the next one."""
+        for multiplier, arrived, missed in zip(self.each, arrivals, misses, strict=True):
+            multiplier.update(float(arrived), float(missed))
+        return self.miss_weights
+
+    @property
+    def miss_weights(self) -> NDArray[np.float64]:
+        """Of every group."""
+        return np.array([multiplier.miss_weight for multiplier in self.each])
+
+    @property
+    def attainments(self) -> dict[str, float]:
+        """Recent attainment by group, without groups that had no request."""
+        found = {group: m.attainment for group, m in zip(self.groups, self.each, strict=True)}
+        return {group: attainment for group, attainment in found.items() if attainment is not None}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable state for a checkpoint."""
+        return {group: m.state() for group, m in zip(self.groups, self.each, strict=True)}
+
+    def restore(self, settings: LagrangianSettings, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`. Raises KeyError when the groups differ."""
+        self.each = [LagrangeMultiplier.restored(settings, state[group]) for group in self.groups]

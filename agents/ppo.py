@@ -86,7 +86,7 @@ class Checkpoint:
 
     steps: int
     updates: int
-    multiplier: dict[str, object]
+    multipliers: dict[str, Any]
     return_scale: tuple[float, float, float]  # running mean, variance and count of returns
     best: dict[str, float] | None
 
@@ -99,7 +99,7 @@ def save_checkpoint(model: Ppo, path: Path, checkpoint: Checkpoint) -> None:
     document = {
         "steps": checkpoint.steps,
         "updates": checkpoint.updates,
-        "multiplier": checkpoint.multiplier,
+        "multipliers": checkpoint.multipliers,
         "return_scale": list(checkpoint.return_scale),
         "best": checkpoint.best,
     }

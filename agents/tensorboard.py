@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from stable_baselines3.common.logger import Logger
 
+    from rlgov.agents.lagrangian import LagrangeMultipliers
     from rlgov.agents.train_config import TrainConfig
     from rlgov.records import Limits
 
@@ -51,6 +52,19 @@ def record_rollout(
         chosen = np.asarray(values, dtype=np.float64)[index[:, axis]]
         logger.record(name, torch.from_numpy(chosen), exclude=PLAIN)
         logger.record(f"{name}_mean", float(chosen.mean()))
+
+
+def record_constraint(logger: Logger, multipliers: LagrangeMultipliers) -> None:
+    """Miss weight (lambda) and recent attainment of every constraint group, and over all."""
+    weights = multipliers.miss_weights
+    logger.record("constraint/miss_weight", float(weights.mean()))
+    for group, weight in zip(multipliers.groups, weights, strict=True):
+        logger.record(f"constraint_miss_weight/{group}", float(weight))
+    attainments = multipliers.attainments
+    if attainments:
+        logger.record("constraint/worst_attainment", min(attainments.values()))
+    for group, attainment in attainments.items():
+        logger.record(f"constraint_attainment/{group}", attainment)
 
 
 def record_episodes(logger: Logger, episodes: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,10 @@ import hashlib
 import json
 import shlex
 import sys
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -42,8 +45,8 @@ from rlgov.agents.callbacks import (
     stop_on_signals,
 )
 from rlgov.agents.episodes import ServableEpisodes
-from rlgov.agents.lagrangian import LagrangeMultiplier
-from rlgov.agents.ppo import build_ppo, load_checkpoint
+from rlgov.agents.lagrangian import LagrangeMultipliers
+from rlgov.agents.ppo import build_ppo, load_checkpoint, predict
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
 from rlgov.agents.train_config import TrainConfig
 from rlgov.deployments.scenario import EpisodeSampler
@@ -58,8 +61,10 @@ if TYPE_CHECKING:
 
     import matplotlib.figure
     from numpy.typing import NDArray
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import VecEnv
 
+    from rlgov.agents.callbacks import TrainingEnv
     from rlgov.agents.ppo import Ppo
     from rlgov.workload.trace import Trace
 
@@ -71,13 +76,15 @@ SYNTHETIC_PREFIX = "synthetic:"
 RESUMABLE = {"out", "resume", "total_steps", "keep_checkpoints"}
 
 
-class EnvironmentMaker(Protocol):
-    """Makes the vectorised environment of training (``validation`` False) or of evaluation."""
+class Environments(Protocol):
+    """Makes the vectorised environments; see :class:`rlgov.agents.callbacks.TrainingEnv`."""
 
-    def __call__(
-        self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
-    ) -> VecEnv:
-        """``count`` simulations over the fit span or the validation span, under these SLO scales."""
+    def training(self) -> VecEnv:
+        """All workloads and SLO scales together."""
+        ...
+
+    def validation(self) -> Mapping[str, VecEnv]:
+        """One environment for each group that has to hold the target by itself, by name."""
         ...
 
 
@@ -118,30 +125,56 @@ class SimulatedEnvironments:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        self._config = config
         self._profile = load_profile(config.profile)
-        self._sources: list[Trace | str] = []
+        self._fit: list[Trace | str] = []
+        self._held_out: list[Trace | str] = []
         for name in config.traces:
             if name.startswith(SYNTHETIC_PREFIX):
-                self._sources.append(name.removeprefix(SYNTHETIC_PREFIX))
+                workload = name.removeprefix(SYNTHETIC_PREFIX)
+                self._fit.append(workload)
+                self._held_out.append(workload)
             else:
-                self._sources.append(read_trace(name).split(config.train_fraction)[0])
+                training_span = read_trace(name).split(config.train_fraction)[0]
+                fit, held_out = training_span.split(1.0 - config.validation_fraction)
+                self._fit.append(fit)
+                self._held_out.append(held_out)
 
-    def __call__(
-        self, config: TrainConfig, slo_scales: tuple[float, ...], count: int, *, validation: bool
-    ) -> VecEnv:
-        """See :class:`EnvironmentMaker`."""
-        spans = [
-            source if isinstance(source, str) else source.split(1.0 - config.validation_fraction)[validation]
-            for source in self._sources
-        ]
-        sampler = EpisodeSampler(
+    def training(self) -> VecEnv:
+        """See :class:`Environments`."""
+        config = self._config
+        sampler = self._sampler(self._fit, config.slo_scales, randomize=config.randomize_physics)
+        return self._environment(sampler, config.environments, stagger=True)
+
+    def validation(self) -> Mapping[str, VecEnv]:
+        """See :class:`Environments`."""
+        found: dict[str, VecEnv] = {}
+        for source, slo_scale in product(self._held_out, self._config.slo_scales):
+            try:
+                sampler = self._sampler([source], (slo_scale,), randomize=False)
+            except ConfigError:  # this workload cannot be held to this SLO, so training leaves it out too
+                continue
+            (name,) = sampler.groups
+            found[name] = self._environment(sampler, self._config.evaluation.episodes, stagger=False)
+        if not found:
+            msg = "no workload can be held to any SLO scale in validation; loosen slo_scales"
+            raise ConfigError(msg)
+        return found
+
+    def _sampler(
+        self, sources: list[Trace | str], slo_scales: tuple[float, ...], *, randomize: bool
+    ) -> EpisodeSampler:
+        return EpisodeSampler(
             self._profile,
-            spans,
-            load_range=config.load_range,
+            sources,
+            load_range=self._config.load_range,
             slo_scales=slo_scales,
-            episode_s=config.episode_s,
-            randomize=config.randomize_physics and not validation,
+            episode_s=self._config.episode_s,
+            randomize=randomize,
         )
+
+    def _environment(self, sampler: EpisodeSampler, count: int, *, stagger: bool) -> VecEnv:
+        config = self._config
         return ServingVecEnv(
             sampler.limits,
             ServableEpisodes(sampler, sampler.limits, config.least_attainment),
@@ -150,8 +183,7 @@ class SimulatedEnvironments:
             windows=max(round(config.episode_s / sampler.limits.interval_s), 1),
             guard=config.guard,
             reward_settings=config.reward,
-            seed=config.seed,
-            stagger=not validation,
+            stagger=stagger,
         )
 
 
@@ -187,7 +219,7 @@ def say_on_stderr(line: str) -> None:
 def train(
     config: TrainConfig,
     *,
-    make_environment: EnvironmentMaker | None = None,
+    environments: Environments | None = None,
     write_bundle: BundleWriter = export_trained,
     make_figures: FigureMaker = no_figures,
     say: Callable[[str], None] = say_on_stderr,
@@ -198,7 +230,7 @@ def train(
 
     Args:
         config: the run.
-        make_environment: default: simulations of the configured profile and traces.
+        environments: default: simulations of the configured profile and traces.
         write_bundle: default: the numpy bundle of :mod:`rlgov.agents.bundle`.
         make_figures: figures to add to TensorBoard at the end.
         say: takes progress lines.
@@ -210,47 +242,26 @@ def train(
     """
     terminal = sys.stderr.isatty() if terminal is None else terminal
     torch.set_num_threads(1)  # small matrices: threads cost more than they add, and change rounding
-    make_environment = make_environment or SimulatedEnvironments(config)
+    environments = environments or SimulatedEnvironments(config)
     _prepare_folder(config, command or shlex.join(sys.argv))
-
-    env = make_environment(config, config.slo_scales, config.environments, validation=False)
-    validation = {
-        scale: make_environment(config, (scale,), config.evaluation.episodes, validation=True)
-        for scale in config.slo_scales
-    }
-    try:
+    with ExitStack() as stack:
+        env = stack.enter_context(closing(environments.training()))
+        validation = environments.validation()
+        for each in validation.values():
+            stack.enter_context(closing(each))
         # Returns of unit variance: unscaled, the value loss would crowd the policy out of the common
         # gradient norm, the more the higher the miss weight.
         scaled = VecNormalize(env, norm_obs=False, norm_reward=True, gamma=config.ppo.gamma)
         model = build_ppo(scaled, config.ppo, config.seed)
-        state = (
-            _restore(model, scaled, config)
-            if config.resume
-            else RunState(LagrangeMultiplier(config.lagrangian))
-        )
-        boundary = BoundaryCallback(config, state, validation)
-        boundary.log.restore(model.num_timesteps)
-        logger = configure(str(config.out), ["tensorboard", "csv"])
+        state = RunState(LagrangeMultipliers(config.lagrangian, cast("TrainingEnv", env).groups))
+        if config.resume:
+            _restore(model, scaled, config, state)
+        logger = stack.enter_context(closing(configure(str(config.out), ["tensorboard", "csv"])))
         model.set_logger(logger)
         record_hyperparameters(logger, config)
-        total_steps = config.whole_rollouts(config.total_steps)
-        with stop_on_signals(say) as stop:
-            model.learn(
-                total_steps - model.num_timesteps,
-                callback=CallbackList(
-                    [
-                        boundary,
-                        MonitorCallback(config.out / "0.monitor.csv", model.num_timesteps),
-                        RolloutCallback(config, state),
-                        StopCallback(stop, state),
-                        ProgressCallback(total_steps, state, say, terminal=terminal),
-                    ]
-                ),
-                reset_num_timesteps=False,
-            )
-            if not state.interrupted:
-                boundary.evaluate()
-        boundary.checkpoint()
+        boundary = BoundaryCallback(config, state, validation)
+        boundary.log.restore(model.num_timesteps)
+        _learn(model, config, state, boundary, say, terminal=terminal)
         bundle = None
         if state.interrupted:
             say(f"stopped after {model.num_timesteps:,} steps; continue with --resume in {config.out}")
@@ -259,11 +270,33 @@ def train(
             model.set_parameters(str(config.out / "best_model.zip"), device="cpu")
             write_bundle(model, _seen_observations(model, env, config), config, bundle)
             record_figures(logger, make_figures(config, bundle), model.num_timesteps)
-        logger.close()
-    finally:
-        for each in (env, *validation.values()):
-            each.close()
     return TrainResult(config.out, model.num_timesteps, state.interrupted, state.best, bundle)
+
+
+def _learn(  # one step of train, split off for its length
+    model: Ppo,
+    config: TrainConfig,
+    state: RunState,
+    boundary: BoundaryCallback,
+    say: Callable[[str], None],
+    *,
+    terminal: bool,
+) -> None:
+    total_steps = config.whole_rollouts(config.total_steps)
+    with stop_on_signals(say) as stop:
+        callbacks: list[BaseCallback] = [
+            boundary,
+            MonitorCallback(config.out / "0.monitor.csv", model.num_timesteps),
+            RolloutCallback(config, state),
+            StopCallback(stop, state),
+            ProgressCallback(total_steps, state, say, terminal=terminal),
+        ]
+        model.learn(
+            total_steps - model.num_timesteps, callback=CallbackList(callbacks), reset_num_timesteps=False
+        )
+        if not state.interrupted:
+            boundary.evaluate()
+    boundary.checkpoint()
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -300,16 +333,20 @@ def _prepare_folder(config: TrainConfig, command: str) -> None:
         file.write(command + "\n")
 
 
-def _restore(model: Ppo, env: VecNormalize, config: TrainConfig) -> RunState:
-    checkpoint = load_checkpoint(model, checkpoints(config.out / "checkpoints")[-1])
-    state = RunState(LagrangeMultiplier.restored(config.lagrangian, checkpoint.multiplier), checkpoint.best)
+def _restore(model: Ppo, env: VecNormalize, config: TrainConfig, state: RunState) -> None:
+    path = checkpoints(config.out / "checkpoints")[-1]
+    checkpoint = load_checkpoint(model, path)
+    try:
+        state.multipliers.restore(config.lagrangian, checkpoint.multipliers)
+    except KeyError as error:
+        msg = f"{path}: made for other workloads, {error} is missing; resume where the traces are the same"
+        raise ConfigError(msg) from error
+    state.best = checkpoint.best
     restore_return_scale(env, checkpoint.return_scale)
-    state.rerank(config.lagrangian.target_attainment)
-    return state
 
 
 def _seen_observations(model: Ppo, env: VecEnv, config: TrainConfig) -> NDArray[np.float32]:
     """What the model sees on training episodes: the range that a service may later be compared with."""
     seen: list[Any] = []
-    run_episodes(model, env, config.seed, lambda observations: seen.append(observations.copy()))
+    run_episodes(env, config.seed, partial(predict, model), lambda batch: seen.append(batch.copy()))
     return cast("NDArray[np.float32]", np.concatenate(seen))

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 AXES = [5, 3, 2]
 SETTINGS = PpoSettings(rollout_steps=16, batch_size=32, epochs=1, hidden=(8,))
 CHECKPOINT = Checkpoint(
-    steps=64, updates=3, multiplier={"miss_weight": 5.0}, return_scale=(1.0, 2.0, 3.0), best={"steps": 32.0}
+    steps=64,
+    updates=3,
+    multipliers={"all": {"miss_weight": 5.0}},
+    return_scale=(1.0, 2.0, 3.0),
+    best=None,
 )
 
 

@@ -1,8 +1,7 @@
 """The same tuning effort for every baseline: least energy at the stated attainment, on training spans.
 
-A family's knobs form a unit cube. Half of the budget goes to its defaults and a Sobol sequence, the
-rest to refinement of the best point so far, one knob at a time by shrinking steps; when that finds
-nothing more, random points take over.
+A family's knobs form a unit cube. A quarter of the budget goes to its defaults, the rule nearest to the
+best static setting and a Sobol sequence, the rest to mutations of the best point so far.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ from rlgov.agents.baselines.tuned import TARGET_ATTAINMENT, TunedRecord
 from rlgov.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from rlgov.agents.baselines.space import Dimension, Family, PolicyContext, Value
     from rlgov.agents.policy import Policy
 
-EXPLORED_SHARE: Final = 0.5
-FIRST_STEP: Final = 0.25  # of a knob's range
-LAST_STEP: Final = 1 / 64
+EXPLORED_SHARE: Final = 0.25
+FIRST_STEP: Final = 0.25  # standard deviation, in knobs' ranges
+SMALLEST_STEP: Final = 1 / 64
+LARGEST_STEP: Final = 0.5
+_MUTATIONS_IN_VAIN: Final = 20
 _DRAWS_IN_VAIN: Final = 1000  # random points in a row that were all tried before: the space is used up
 
 
@@ -96,9 +97,10 @@ def tune(
         evaluate: runs a policy on the training spans; never on test spans.
         budget: evaluations, the same for every family that shall be compared.
         rng: makes the search repeatable.
-        context: limits and tables to build policies with.
+        context: limits and tables to build policies with; its best static setting (of the training
+            spans), if known, is a second start besides the defaults.
         target_attainment: share of requests that must meet the SLO.
-        map_many: evaluates many independent policies, e.g. the ``map`` of a process pool.
+        map_many: evaluates the exploring quarter, e.g. the ``map`` of a process pool.
     """
     if budget < 1:
         msg = f"tuning {family.name} needs a budget of at least 1 evaluation, got {budget}"
@@ -108,14 +110,16 @@ def tune(
     def evaluate_all(settings: Sequence[dict[str, Value]]) -> list[Outcome]:
         return list(map_many(evaluate, [family.build(parameters, context) for parameters in settings]))
 
-    search = _Search(dimensions, evaluate_all, budget, target_attainment)
-    defaults = family.defaults(context.limits)
-    start = np.array([dimension.unit(defaults[dimension.name]) for dimension in dimensions])
+    search = _Search(dimensions, family.ordered, evaluate_all, budget, target_attainment)
+    starts = [family.defaults(context.limits)]
+    if context.best_static is not None:
+        starts.append(family.near_static(context.limits, context.best_static))
+    first = [[dimension.unit(start[dimension.name]) for dimension in dimensions] for start in starts]
     explored = max(1, round(EXPLORED_SHARE * budget))
     # scrambled by the generator; a power of two keeps the sequence balanced
     sobol = qmc.Sobol(len(dimensions), rng=rng).random_base2(int(np.ceil(np.log2(explored + 1))))
     # the defaults come first: tuning never makes a rule worse on the spans it is tuned on
-    search.add(np.vstack((start, sobol))[:explored])
+    search.add(np.vstack((first, sobol))[:explored])
     _refine(search, dimensions, rng)
     best = min(search.trials, key=lambda trial: trial.outcome.rank(target_attainment))
     return TunedResult(family.name, target_attainment, best, tuple(search.trials))
@@ -127,6 +131,7 @@ class _Search:
     def __init__(
         self,
         dimensions: Sequence[Dimension],
+        ordered: Callable[[dict[str, Value]], dict[str, Value]],
         evaluate_all: Callable[[Sequence[dict[str, Value]]], list[Outcome]],
         budget: int,
         target_attainment: float,
@@ -135,6 +140,7 @@ class _Search:
         self.best_point: NDArray[np.float64] = np.zeros(len(dimensions))
         self._best_rank = (float("inf"), float("inf"))
         self._dimensions = dimensions
+        self._ordered = ordered
         self._evaluate_all = evaluate_all
         self._budget = budget
         self._target_attainment = target_attainment
@@ -150,7 +156,7 @@ class _Search:
         fresh: list[tuple[NDArray[np.float64], dict[str, Value]]] = []
         for point in points:
             pairs = zip(self._dimensions, point.tolist(), strict=True)
-            parameters = {dimension.name: dimension.value(unit) for dimension, unit in pairs}
+            parameters = self._ordered({dimension.name: dimension.value(unit) for dimension, unit in pairs})
             key = tuple(parameters.values())
             if key not in self._seen and len(fresh) < self.left:
                 self._seen.add(key)
@@ -166,28 +172,21 @@ class _Search:
 
 
 def _refine(search: _Search, dimensions: Sequence[Dimension], rng: np.random.Generator) -> None:
-    """Spend what is left of the budget around the best point, then at random."""
+    """Spend what is left of the budget on mutations of the best point: about two knobs at a time.
+
+    The step grows with success and shrinks without. It found better settings of every family than
+    moving one knob at a time did, at equal budget.
+    """
+    size = len(dimensions)
     step, in_vain = FIRST_STEP, 0
     while search.left and in_vain < _DRAWS_IN_VAIN:
-        neighbours = _neighbours(search.best_point, dimensions, step, rng)
-        if any(search.add(neighbour[None, :])[1] for neighbour in neighbours):
-            continue
-        if step > LAST_STEP:
-            step /= 2
-            continue
-        added, improved = search.add(rng.random((1, len(dimensions))))
+        if in_vain < _MUTATIONS_IN_VAIN:
+            moved = rng.random(size) < 2 / size
+            moved[rng.integers(size)] = True
+            point = np.clip(search.best_point + moved * step * rng.standard_normal(size), 0.0, 1.0)
+        else:
+            point = rng.random(size)  # the best point's surroundings are used up
+        added, improved = search.add(point[None, :])
+        if added:
+            step = min(step * 1.5, LARGEST_STEP) if improved else max(step * 0.95, SMALLEST_STEP)
         in_vain = 0 if added else in_vain + 1
-        step = FIRST_STEP if improved else step
-
-
-def _neighbours(
-    point: NDArray[np.float64], dimensions: Sequence[Dimension], step: float, rng: np.random.Generator
-) -> Iterator[NDArray[np.float64]]:
-    """One knob moved down or up by ``step``, but at least to its next value, in random order."""
-    moves = [(axis, sign) for axis in range(len(dimensions)) for sign in (-1.0, 1.0)]
-    for move in rng.permutation(len(moves)).tolist():
-        axis, sign = moves[move]
-        neighbour = point.copy()
-        moved = neighbour[axis] + sign * max(step, dimensions[axis].step)
-        neighbour[axis] = min(max(moved, 0.0), 1.0)
-        yield neighbour

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.agents.baselines.space import Dimension, Parameters, PolicyContext, Value
-    from rlgov.records import Limits
+    from rlgov.records import Configuration, Limits
     from rlgov.simulation.tables import PhysicsTables
 
 PREFILL_SHARE_MAX = 0.95  # keeps the predicted gap between tokens finite when prompts saturate the engine
@@ -171,4 +171,13 @@ def _build(parameters: Parameters, context: PolicyContext) -> EcoFreqPolicy:
     return EcoFreqPolicy(EcoFreqSettings(**chosen), context.tables)  # type: ignore[arg-type]  # values come from the fields' own space
 
 
-FAMILY = Family("ecofreq", _space, _defaults, _build)
+def _near_static(limits: Limits, configuration: Configuration) -> dict[str, Value]:
+    return {
+        **_defaults(limits),
+        "min_clock_mhz": configuration.sm_clock_mhz,
+        "batch_cap": configuration.batch_cap,
+        "tp_degree": configuration.tp_degree,
+    }
+
+
+FAMILY = Family("ecofreq", _space, _defaults, _build, _near_static)

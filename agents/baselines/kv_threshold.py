@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.agents.baselines.space import Dimension, Parameters, PolicyContext, Value
-    from rlgov.records import Limits
+    from rlgov.records import Configuration, Limits
 
 PUBLISHED_FRACTIONS = (1125 / 1740, 1440 / 1740, 1.0)
 
@@ -101,4 +101,21 @@ def _build(parameters: Parameters, context: PolicyContext) -> KvThresholdPolicy:
     )
 
 
-FAMILY = Family("kv-threshold", _space, _defaults, _build)
+def _near_static(limits: Limits, configuration: Configuration) -> dict[str, Value]:
+    return {
+        **_defaults(limits),
+        "clock_1_mhz": configuration.sm_clock_mhz,
+        "clock_2_mhz": configuration.sm_clock_mhz,
+        "batch_cap": configuration.batch_cap,
+        "tp_degree": configuration.tp_degree,
+    }
+
+
+FAMILY = Family(
+    "kv-threshold",
+    _space,
+    _defaults,
+    _build,
+    _near_static,
+    rising=(("threshold_1", "threshold_2"), ("clock_1_mhz", "clock_2_mhz", "clock_3_mhz")),
+)

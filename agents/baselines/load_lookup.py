@@ -14,13 +14,15 @@ from rlgov.errors import ConfigError, DeploymentError
 from rlgov.records import Column, Configuration, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
     from rlgov.agents.baselines.space import Dimension, Parameters, PolicyContext, Value
 
 LEVELS = 4
+_EDGES = tuple(f"edge_{i}_tokens_per_s" for i in range(1, LEVELS))
+_CLOCKS = tuple(f"clock_{i}_mhz" for i in range(1, LEVELS + 1))
 # What a request weighs besides its prompt: the order of magnitude of a chat reply's decode work.
 REQUEST_TOKENS = 400.0
 
@@ -116,8 +118,8 @@ def table_from_statics(
 def _space(limits: Limits) -> tuple[Dimension, ...]:
     tps: tuple[Value, ...] = tuple(reversed(limits.tp_degrees))
     return (
-        *(Real(f"edge_{i}_tokens_per_s", 200.0, 100000.0, log_scale=True) for i in range(1, LEVELS)),
-        *(clocks_dimension(f"clock_{i}_mhz", limits) for i in range(1, LEVELS + 1)),
+        *(Real(name, 200.0, 100000.0, log_scale=True) for name in _EDGES),
+        *(clocks_dimension(name, limits) for name in _CLOCKS),
         Choice("batch_cap", tuple(reversed(limits.batch_caps))),
         Choice("tp_degree_low", tps),  # of the lower half of the levels
         Choice("tp_degree_high", tps),
@@ -128,11 +130,8 @@ def _space(limits: Limits) -> tuple[Dimension, ...]:
 
 
 def _defaults(limits: Limits) -> dict[str, Value]:
-    edges = {f"edge_{i}_tokens_per_s": 500.0 * 4.0**i for i in range(1, LEVELS)}
-    clocks = {
-        f"clock_{i}_mhz": offered_clock(limits, 0.55 + 0.45 * (i - 1) / (LEVELS - 1))
-        for i in range(1, LEVELS + 1)
-    }
+    edges = {name: 2000.0 * 4.0**i for i, name in enumerate(_EDGES)}
+    clocks = {name: offered_clock(limits, 0.55 + 0.15 * i) for i, name in enumerate(_CLOCKS)}
     return {
         **edges,
         **clocks,
@@ -145,15 +144,11 @@ def _defaults(limits: Limits) -> dict[str, Value]:
     }
 
 
-def _numbers(chosen: Mapping[str, Value], names: Sequence[str]) -> list[float]:
-    return sorted(float(chosen[name] or 0.0) for name in names)
-
-
 def _build(parameters: Parameters, context: PolicyContext) -> LoadLookupPolicy:
-    # sorted, so that every point of the space is a table in which more load never means a lower clock
+    # edges and clocks come sorted: more load never means a lower clock
     chosen = FAMILY.complete(parameters, context.limits)
-    edges = _numbers(chosen, [f"edge_{i}_tokens_per_s" for i in range(1, LEVELS)])
-    clocks = _numbers(chosen, [f"clock_{i}_mhz" for i in range(1, LEVELS + 1)])
+    edges = [float(chosen[name] or 0.0) for name in _EDGES]
+    clocks = [float(chosen[name] or 0.0) for name in _CLOCKS]
     tps = [int(chosen["tp_degree_low" if i < LEVELS // 2 else "tp_degree_high"] or 0) for i in range(LEVELS)]
     rows = (
         Configuration(int(clock), int(chosen["batch_cap"] or 0), tp)
@@ -167,4 +162,14 @@ def _build(parameters: Parameters, context: PolicyContext) -> LoadLookupPolicy:
     )
 
 
-FAMILY = Family("load-lookup", _space, _defaults, _build)
+def _near_static(limits: Limits, configuration: Configuration) -> dict[str, Value]:
+    return {
+        **_defaults(limits),
+        **dict.fromkeys(_CLOCKS, configuration.sm_clock_mhz),
+        "batch_cap": configuration.batch_cap,
+        "tp_degree_low": configuration.tp_degree,
+        "tp_degree_high": configuration.tp_degree,
+    }
+
+
+FAMILY = Family("load-lookup", _space, _defaults, _build, _near_static, rising=(_EDGES, _CLOCKS))

@@ -100,6 +100,19 @@ class Family:
     space: Callable[[Limits], tuple[Dimension, ...]]
     defaults: Callable[[Limits], dict[str, Value]]
     build: Callable[[Parameters, PolicyContext], Policy]
+    near_static: Callable[[Limits, Configuration], dict[str, Value]]  # the rule closest to a static setting
+    rising: tuple[tuple[str, ...], ...] = ()  # knobs of one kind whose values are sorted before use
+
+    def ordered(self, parameters: Parameters) -> dict[str, Value]:
+        """The same rule written in one way: knobs of one kind in rising order."""
+        chosen = dict(parameters)
+        for names in self.rising:
+            values = sorted(float(chosen[name] or 0.0) for name in names)
+            kinds = [type(chosen[name]) for name in names]
+            chosen |= {
+                name: int(v) if k is int else v for name, v, k in zip(names, values, kinds, strict=True)
+            }
+        return chosen
 
     def complete(self, parameters: Parameters, limits: Limits) -> dict[str, Value]:
         """``parameters`` over the defaults. Raises ConfigError for a knob the family does not have."""
@@ -108,7 +121,7 @@ class Family:
         if unknown:
             msg = f"{self.name} has no parameter {', '.join(unknown)}; known: {', '.join(sorted(defaults))}"
             raise ConfigError(msg)
-        return {**defaults, **parameters}
+        return self.ordered({**defaults, **parameters})
 
 
 def clocks_dimension(name: str, limits: Limits) -> Choice:

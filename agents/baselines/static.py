@@ -84,8 +84,7 @@ def _space(limits: Limits) -> tuple[Dimension, ...]:
 
 
 def _defaults(limits: Limits) -> dict[str, Value]:
-    top = limits.fastest
-    return {"sm_clock_mhz": top.sm_clock_mhz, "batch_cap": top.batch_cap, "tp_degree": top.tp_degree}
+    return _near_static(limits, limits.fastest)
 
 
 def _build(parameters: Parameters, context: PolicyContext) -> StaticPolicy:
@@ -94,4 +93,12 @@ def _build(parameters: Parameters, context: PolicyContext) -> StaticPolicy:
     return StaticPolicy(Configuration(clock_mhz, cap, tp))
 
 
-FAMILY = Family("static", _space, _defaults, _build)
+def _near_static(limits: Limits, configuration: Configuration) -> dict[str, Value]:  # noqa: ARG001 - the family's seam
+    return {
+        "sm_clock_mhz": configuration.sm_clock_mhz,
+        "batch_cap": configuration.batch_cap,
+        "tp_degree": configuration.tp_degree,
+    }
+
+
+FAMILY = Family("static", _space, _defaults, _build, _near_static)

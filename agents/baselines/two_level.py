@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.agents.baselines.space import Dimension, Parameters, PolicyContext, Value
-    from rlgov.records import Limits
+    from rlgov.records import Configuration, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +122,15 @@ def _build(parameters: Parameters, context: PolicyContext) -> TwoLevelPolicy:
     return TwoLevelPolicy(TwoLevelSettings(**chosen))  # type: ignore[arg-type]  # values come from the fields' own space
 
 
-FAMILY = Family("two-level", _space, _defaults, _build)
+def _near_static(limits: Limits, configuration: Configuration) -> dict[str, Value]:
+    return {
+        **_defaults(limits),
+        "low_clock_mhz": configuration.sm_clock_mhz,
+        "batch_cap": configuration.batch_cap,
+        "tp_degree": configuration.tp_degree,
+    }
+
+
+FAMILY = Family(
+    "two-level", _space, _defaults, _build, _near_static, rising=(("low_clock_mhz", "high_clock_mhz"),)
+)

@@ -118,7 +118,7 @@ def test_two_level_comes_down_after_its_hold_and_goes_up_at_once() -> None:
     [{"oldest_wait_s": 0.31}, {"waiting_tokens": 9000.0}, {"itl_mean_s": 0.07}, {"prompt_tokens": 21000.0}],
 )
 def test_each_signal_alone_raises_two_level(change: dict[str, float]) -> None:
-    pressed = replace(CALM, **change)  # type: ignore[arg-type]  # float fields only
+    pressed = replace(CALM, **change)
     assert clocks_over_time(two_level(), [CALM] * 4 + [pressed])[-2:] == [4, 0]
 
 

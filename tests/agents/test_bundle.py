@@ -90,7 +90,9 @@ def model(*, masked: bool, activation: type[torch.nn.Module] = torch.nn.Tanh, se
     torch.set_num_threads(1)
     kind = MaskablePPO if masked else PPO
     net = {"net_arch": {"pi": [64, 64], "vf": [32]}, "activation_fn": activation}
-    made = kind("MlpPolicy", _Shapes(), policy_kwargs=net, seed=seed, device="cpu", n_steps=8, batch_size=8)
+    made: Any = kind(
+        "MlpPolicy", _Shapes(), policy_kwargs=net, seed=seed, device="cpu", n_steps=8, batch_size=8
+    )
     with torch.no_grad():
         made.policy.action_net.weight.mul_(100.0)
         made.policy.action_net.bias.normal_(generator=torch.Generator().manual_seed(seed))

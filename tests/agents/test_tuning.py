@@ -107,6 +107,23 @@ def test_an_outcome_that_is_no_number_never_wins() -> None:
     assert result.best.outcome.energy_j == 5.0
 
 
+def test_the_best_static_setting_is_a_second_start() -> None:
+    best = LIMITS.configuration((4, 2, 1))
+    context = PolicyContext(LIMITS, build_tables(PROFILE), best)
+    for name, family in FAMILIES.items():
+        result = tune(family, lambda _: Outcome(1.0, 1.0), 8, np.random.default_rng(0), context=context)
+        second = result.trials[1].parameters
+        assert second["batch_cap"] == best.batch_cap, name
+        assert best.sm_clock_mhz in second.values(), name
+        assert best.tp_degree in second.values(), name
+
+
+def test_knobs_of_one_kind_are_recorded_in_rising_order() -> None:
+    result = tune(FAMILIES["two-level"], cost, 60, np.random.default_rng(8), context=CONTEXT)
+    for trial in result.trials:
+        assert float(trial.parameters["low_clock_mhz"] or 0) <= float(trial.parameters["high_clock_mhz"] or 0)
+
+
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         tune(FAMILIES["two-level"], cost, 0, np.random.default_rng(0), context=CONTEXT)

@@ -272,7 +272,7 @@ def play(
         limits = deployment.limits
     finally:
         env.close()
-    return _counted(name or policy.name, limits, schedule, rows, reasons, log)
+    return counted(name or policy.name, limits, schedule, rows, reasons, log)
 
 
 def hold(
@@ -291,9 +291,10 @@ def hold(
     batch.load(0, trace, tables, limits.service_level, index)
     count = math.ceil(schedule.end_s / limits.interval_s - _SLACK)
     rows = batch.advance_windows(0, np.tile(np.array(index, dtype=np.int64), (count, 1)))
-    length = next((i + 1 for i, row in enumerate(rows) if _over(row, schedule)), count)
+    ended = np.flatnonzero(is_over(rows, schedule.span_end_s, schedule.end_s))
+    length = int(ended[0]) + 1 if ended.size else count
     reasons = np.zeros(length, dtype=np.int8)
-    return _counted(
+    return counted(
         static_name(configuration), limits, schedule, rows[:length], reasons, batch.request_log(0)
     )
 
@@ -306,7 +307,7 @@ def _roll(
     rows = [info["window"].to_row()]
     reasons = [Reason.POLICY]
     ended = False
-    while not (ended or _over(rows[-1], schedule)):
+    while not (ended or is_over(rows[-1], schedule.span_end_s, schedule.end_s)):
         asked = policy.decide(observation[None], rows[-1][None], info["action_mask"][None])
         observation, _, terminated, truncated, info = env.step(asked[0])
         ended = bool(terminated or truncated)
@@ -315,13 +316,23 @@ def _roll(
     return np.array(rows), np.array(reasons, dtype=np.int8)
 
 
-def _over(row: NDArray[np.float64], schedule: Schedule) -> bool:
-    slack_s = _SLACK * row[Column.DURATION_S]
-    end_s = row[Column.START_S] + row[Column.DURATION_S]
-    if end_s >= schedule.end_s - slack_s:
-        return True
-    drained = row[Column.RUNNING] == 0 and row[Column.WAITING] == 0
-    return bool(end_s >= schedule.span_end_s - slack_s and drained)
+def is_over(
+    rows: NDArray[np.float64],
+    span_end_s: float | NDArray[np.float64],
+    end_s: float | NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Whether an episode ends with a window: cut off, or nothing left to serve after the span.
+
+    Args:
+        rows: Window rows, columns last.
+        span_end_s: When the last counted request may arrive, for all rows or row by row.
+        end_s: When the episode is cut off.
+    """
+    slack_s = _SLACK * rows[..., Column.DURATION_S]
+    window_end_s = rows[..., Column.START_S] + rows[..., Column.DURATION_S]
+    drained = (rows[..., Column.RUNNING] == 0) & (rows[..., Column.WAITING] == 0)
+    over = (window_end_s >= end_s - slack_s) | ((window_end_s >= span_end_s - slack_s) & drained)
+    return np.asarray(over)
 
 
 def _request_log(deployment: Deployment) -> RequestLog:
@@ -333,7 +344,7 @@ def _request_log(deployment: Deployment) -> RequestLog:
     return log
 
 
-def _counted(
+def counted(
     name: str,
     limits: Limits,
     schedule: Schedule,
@@ -341,11 +352,12 @@ def _counted(
     reasons: NDArray[np.int8],
     log: RequestLog,
 ) -> Run:
+    """The counted part of an episode that was played from its first window to its last."""
     slack_s = _SLACK * limits.interval_s
     first = int(np.searchsorted(rows[:, Column.START_S], schedule.lead_s - slack_s))
     before = rows[max(first - 1, 0)]
-    counted = rows[first:].copy()
-    counted[:, Column.START_S] -= schedule.lead_s
+    kept = rows[first:].copy()
+    kept[:, Column.START_S] -= schedule.lead_s
     in_span = (log.arrival_s >= schedule.lead_s) & (log.arrival_s < schedule.span_end_s)
     finish_s = log.finish_s[in_span] - schedule.lead_s
     requests = Requests(
@@ -365,7 +377,7 @@ def _counted(
             _index(limits.tp_degrees, before[Column.TP_DEGREE]),
         )
     )
-    return Run(name, limits, schedule, counted, reasons[first:], in_force, requests)
+    return Run(name, limits, schedule, kept, reasons[first:], in_force, requests)
 
 
 def _index(settings: tuple[int, ...], value: float) -> int:

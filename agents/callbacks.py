@@ -144,13 +144,18 @@ def run_episodes(
     return [episode for episode in episodes if episode is not None]
 
 
-def evaluate(steps: int, environments: Sequence[VecEnv], seed: int, decide: Decide) -> Evaluation:
-    """Episodes of every group; the same ones for the same seed."""
-    episodes: list[dict[str, Any]] = []
-    groups: list[int] = []
-    for group, env in enumerate(environments):
-        episodes += run_episodes(env, seed, decide)
-        groups += [group] * env.num_envs
+@dataclass(frozen=True, slots=True, eq=False)
+class Validation:
+    """The environment that models are judged in: one episode of each simulation, always the same ones."""
+
+    env: VecEnv
+    group_names: tuple[str, ...]
+    group: NDArray[np.int64]  # of each simulation
+
+
+def evaluate(steps: int, validation: Validation, seed: int, decide: Decide) -> Evaluation:
+    """One episode in every simulation; the same ones for the same seed."""
+    episodes = run_episodes(validation.env, seed, decide)
 
     def column(name: str) -> NDArray[np.float64]:
         return np.array([episode[name] for episode in episodes], dtype=np.float64)
@@ -162,7 +167,7 @@ def evaluate(steps: int, environments: Sequence[VecEnv], seed: int, decide: Deci
         attainment=column("attainment"),
         energy_ratio=column("energy_ratio"),
         arrivals=column("arrivals"),
-        group=np.array(groups, dtype=np.int64),
+        group=validation.group,
     )
 
 
@@ -252,15 +257,15 @@ class RunState:
 class BoundaryCallback(BaseCallback):
     """Evaluates, keeps the best model, checkpoints and restarts episodes between rollouts."""
 
-    def __init__(self, config: TrainConfig, state: RunState, environments: Mapping[str, VecEnv]) -> None:
+    def __init__(self, config: TrainConfig, state: RunState, validation: Validation) -> None:
         super().__init__()
         self._config = config
         self._state = state
-        self._environments = tuple(environments.values())
+        self._validation = validation
         self._demanded: NDArray[np.float64] | None = None
         self._milestones = Milestones.of(config)
         self._started = False
-        self.log = EvaluationLog(config.out / "evaluations.npz", tuple(environments))
+        self.log = EvaluationLog(config.out / "evaluations.npz", validation.group_names)
 
     def _on_rollout_start(self) -> None:
         steps = self.model.num_timesteps
@@ -293,9 +298,9 @@ class BoundaryCallback(BaseCallback):
         seed = self._config.evaluation.seed
         if self._demanded is None:
             # Nobody can be asked for more than the fastest setting attains.
-            reachable = evaluate(0, self._environments, seed, hold_fastest).group_attainments()
+            reachable = evaluate(0, self._validation, seed, hold_fastest).group_attainments()
             self._demanded = np.minimum(reachable, self._config.lagrangian.target_attainment)
-        outcome = evaluate(model.num_timesteps, self._environments, seed, partial(predict, model))
+        outcome = evaluate(model.num_timesteps, self._validation, seed, partial(predict, model))
         self.log.append(outcome)
         figures = outcome.figures(self._demanded)
         record_evaluation(self.logger, figures)

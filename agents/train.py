@@ -19,8 +19,7 @@ import shlex
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -39,12 +38,13 @@ from rlgov.agents.callbacks import (
     RolloutCallback,
     RunState,
     StopCallback,
+    Validation,
     checkpoints,
     restore_return_scale,
     run_episodes,
     stop_on_signals,
 )
-from rlgov.agents.episodes import ServableEpisodes
+from rlgov.agents.episodes import ServableEpisodes, fixed_episodes
 from rlgov.agents.lagrangian import LagrangeMultipliers
 from rlgov.agents.ppo import build_ppo, load_checkpoint, predict
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
     from rlgov.agents.callbacks import TrainingEnv
     from rlgov.agents.ppo import Ppo
+    from rlgov.deployments.scenario import ScenarioSampler
     from rlgov.workload.trace import Trace
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -83,8 +84,8 @@ class Environments(Protocol):
         """All workloads and SLO scales together."""
         ...
 
-    def validation(self) -> Mapping[str, VecEnv]:
-        """One environment for each group that has to hold the target by itself, by name."""
+    def validation(self) -> Validation:
+        """Fixed episodes of each group that has to hold the target by itself."""
         ...
 
 
@@ -142,42 +143,45 @@ class SimulatedEnvironments:
 
     def training(self) -> VecEnv:
         """See :class:`Environments`."""
-        config = self._config
-        sampler = self._sampler(self._fit, config.slo_scales, randomize=config.randomize_physics)
-        return self._environment(sampler, config.environments, stagger=True)
+        sampler = self._training_sampler
+        return self._environment(sampler, self._servable(sampler), self._config.environments, stagger=True)
 
-    def validation(self) -> Mapping[str, VecEnv]:
+    def validation(self) -> Validation:
         """See :class:`Environments`."""
-        found: dict[str, VecEnv] = {}
-        for source, slo_scale in product(self._held_out, self._config.slo_scales):
-            try:
-                sampler = self._sampler([source], (slo_scale,), randomize=False)
-            except ConfigError:  # this workload cannot be held to this SLO, so training leaves it out too
-                continue
-            (name,) = sampler.groups
-            found[name] = self._environment(sampler, self._config.evaluation.episodes, stagger=False)
-        if not found:
-            msg = "no workload can be held to any SLO scale in validation; loosen slo_scales"
-            raise ConfigError(msg)
-        return found
+        # Measuring the capacity of every workload takes seconds: do it again only for other spans.
+        same = self._held_out == self._fit
+        sampler = self._training_sampler if same else self._sampler(self._held_out, randomize=False)
+        settings = self._config.evaluation
+        rng = np.random.default_rng(settings.seed)
+        episodes = fixed_episodes(self._servable(sampler), sampler.nominal, settings.episodes, rng)
+        group = np.array([scenario.group for scenario in episodes.scenarios], dtype=np.int64)
+        env = self._environment(sampler, episodes, group.size, stagger=False)
+        return Validation(env, episodes.groups, group)
 
-    def _sampler(
-        self, sources: list[Trace | str], slo_scales: tuple[float, ...], *, randomize: bool
-    ) -> EpisodeSampler:
+    @cached_property
+    def _training_sampler(self) -> EpisodeSampler:
+        return self._sampler(self._fit, randomize=self._config.randomize_physics)
+
+    def _sampler(self, sources: list[Trace | str], *, randomize: bool) -> EpisodeSampler:
         return EpisodeSampler(
             self._profile,
             sources,
             load_range=self._config.load_range,
-            slo_scales=slo_scales,
+            slo_scales=self._config.slo_scales,
             episode_s=self._config.episode_s,
             randomize=randomize,
         )
 
-    def _environment(self, sampler: EpisodeSampler, count: int, *, stagger: bool) -> VecEnv:
+    def _servable(self, sampler: EpisodeSampler) -> ServableEpisodes:
+        return ServableEpisodes(sampler, sampler.limits, self._config.least_attainment)
+
+    def _environment(
+        self, sampler: EpisodeSampler, episodes: ScenarioSampler, count: int, *, stagger: bool
+    ) -> VecEnv:
         config = self._config
         return ServingVecEnv(
             sampler.limits,
-            ServableEpisodes(sampler, sampler.limits, config.least_attainment),
+            episodes,
             sampler.nominal,
             count,
             windows=max(round(config.episode_s / sampler.limits.interval_s), 1),
@@ -247,8 +251,7 @@ def train(
     with ExitStack() as stack:
         env = stack.enter_context(closing(environments.training()))
         validation = environments.validation()
-        for each in validation.values():
-            stack.enter_context(closing(each))
+        stack.enter_context(closing(validation.env))
         # Returns of unit variance: unscaled, the value loss would crowd the policy out of the common
         # gradient norm, the more the higher the miss weight.
         scaled = VecNormalize(env, norm_obs=False, norm_reward=True, gamma=config.ppo.gamma)

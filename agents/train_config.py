@@ -33,7 +33,7 @@ class PpoSettings(_Settings):
     """Samples per gradient step; must divide rollout_steps times the number of environments."""
     epochs: PositiveInt = 4
     """Passes over each rollout."""
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 1e-3
     """Adam's step size at the start."""
     final_learning_rate: NonNegative = 0.0
     """Adam's step size at the end; linear in between."""
@@ -55,7 +55,7 @@ class PpoSettings(_Settings):
     """Stop an update's epochs early beyond 1.5 times this divergence."""
     hidden: tuple[PositiveInt, ...] = (64, 64)
     """Widths of the hidden layers, tanh, separate for policy and value."""
-    fastest_bias: tuple[float, float, float] = (0.0, 1.0, 3.0)
+    fastest_bias: tuple[float, float, float] = (0.0, 1.0, 5.0)
     """Head start in logits of index 0 (the fastest setting) on the clock, cap and TP axis. A random
     initial policy would switch TP whenever it may and learn from little else than switches."""
 
@@ -69,11 +69,11 @@ class LagrangianSettings(_Settings):
     """Share of requests that must meet the service level."""
     margin: NonNegative = 0.002
     """Training aims at this much more, since replayed traces differ from training episodes."""
-    miss_weight: PositiveFloat = 20.0
+    miss_weight: PositiveFloat = 5.0
     """Start value: cost of missing every request of a window, in windows of the fastest setting's energy."""
-    miss_weight_bounds: tuple[PositiveFloat, PositiveFloat] = (2.0, 200.0)
+    miss_weight_bounds: tuple[PositiveFloat, PositiveFloat] = (0.3, 50.0)
     """The multiplier stays inside."""
-    integral_gain: NonNegative = 0.05
+    integral_gain: NonNegative = 0.03
     """Step of ln(miss weight) per rollout and unit of relative error (misses / allowed misses - 1)."""
     proportional_gain: NonNegative = 0.1
     """Immediate part of the response, against overshoot."""
@@ -97,10 +97,10 @@ class LagrangianSettings(_Settings):
 class EvaluationSettings(_Settings):
     """Periodic deterministic evaluation on fixed episodes of the validation span."""
 
-    every_steps: PositiveInt = 200_000
+    every_steps: PositiveInt = 150_000
     """Training steps between evaluations."""
-    episodes: PositiveInt = 16
-    """Episodes per SLO scale."""
+    episodes: PositiveInt = 12
+    """Episodes of each workload and SLO scale."""
     seed: int = 20_231_116
     """Fixes the episodes: the same ones at every evaluation and for every training seed."""
 

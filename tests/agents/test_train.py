@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
-from rlgov.agents.callbacks import Evaluation, StopRequest, leg_seed, rank
+from rlgov.agents.callbacks import Evaluation, StopRequest, Validation, leg_seed, rank
 from rlgov.agents.lagrangian import LagrangeMultiplier, LagrangeMultipliers
 from rlgov.agents.train import load_config, train
 from rlgov.agents.train_config import EvaluationSettings, LagrangianSettings, PpoSettings, TrainConfig
@@ -162,8 +162,8 @@ class Toy:
         env.on_step = self.on_step
         return env
 
-    def validation(self) -> Mapping[str, VecEnv]:
-        return {"one": ToyVecEnv(2), "two": ToyVecEnv(4)}
+    def validation(self) -> Validation:
+        return Validation(ToyVecEnv(6), ("one", "two"), np.array([0, 0, 1, 1, 1, 1]))
 
     def write_bundle(
         self, model: Any, observations: NDArray[np.float32], config: TrainConfig, path: Path
@@ -404,9 +404,9 @@ def test_the_multiplier_rises_on_misses_and_falls_without() -> None:
     for _ in range(5):
         missing.update(1000.0, 50.0)
         serving.update(1000.0, 0.0)
-    assert missing.miss_weight > 20.0 > serving.miss_weight
+    assert missing.miss_weight > 5.0 > serving.miss_weight
     idle = LagrangeMultiplier(LagrangianSettings())
-    assert idle.update(0.0, 0.0) == 20.0
+    assert idle.update(0.0, 0.0) == 5.0
 
 
 def test_each_group_has_its_own_multiplier() -> None:

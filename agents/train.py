@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -46,14 +46,19 @@ from rlgov.agents.callbacks import (
 )
 from rlgov.agents.episodes import ServableEpisodes, fixed_episodes
 from rlgov.agents.lagrangian import LagrangeMultipliers
+from rlgov.agents.plots import front_figure, timeline_figure
 from rlgov.agents.ppo import build_ppo, load_checkpoint, predict
+from rlgov.agents.replay import ReplaySpec, replay
+from rlgov.agents.report import front_points, shown_runs
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
 from rlgov.agents.train_config import TrainConfig
-from rlgov.deployments.scenario import EpisodeSampler
+from rlgov.deployments.scenario import EpisodeSampler, capacity_scale
 from rlgov.envs.vec_env import ServingVecEnv
 from rlgov.errors import ConfigError
+from rlgov.simulation.physics import build_tables
 from rlgov.simulation.profile import load_profile
 from rlgov.workload.readers import read_trace
+from rlgov.workload.synthesis import SPECS, synthesize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,6 +78,7 @@ __all__ = ["TrainConfig", "TrainResult", "train"]
 
 BUNDLE_NAME = "policy.safetensors"
 SYNTHETIC_PREFIX = "synthetic:"
+FIGURE_BASELINES = ("two-level", "ecofreq", "kv-threshold")
 # What may differ between a run and its continuation; all else would make it another run.
 RESUMABLE = {"out", "resume", "total_steps", "keep_checkpoints"}
 
@@ -209,9 +215,35 @@ def export_trained(model: Ppo, observations: NDArray[np.float32], config: TrainC
     )
 
 
-def no_figures(config: TrainConfig, bundle: Path) -> Mapping[str, matplotlib.figure.Figure]:  # noqa: ARG001  # null object
-    """Draw nothing."""
-    return {}
+def replayed_figures(config: TrainConfig, bundle: Path) -> Mapping[str, matplotlib.figure.Figure]:
+    """The default figures: a stretch of the first trace's training span, replayed with the baselines."""
+    if config.figure_span_s <= 0:
+        return {}
+    profile = load_profile(config.profile)
+    name = config.traces[0]
+    if name.startswith(SYNTHETIC_PREFIX):
+        spec = SPECS[name.removeprefix(SYNTHETIC_PREFIX)]
+        rng = np.random.default_rng(config.evaluation.seed)
+        trace = synthesize(replace(spec, duration_s=config.figure_span_s), rng)
+    else:
+        trace = read_trace(name).split(config.train_fraction)[0]
+    limits = profile.limits()
+    full = capacity_scale(limits, build_tables(profile), trace, limits.service_level)
+    rate_scale = full * float(np.mean(config.load_range))
+    spec_of_replay = ReplaySpec(
+        trace=trace.name,
+        profile=config.profile,
+        policies=(str(bundle), *FIGURE_BASELINES),
+        to_s=min(config.figure_span_s * rate_scale, trace.duration_s),
+        rate_scale=rate_scale,
+        target_attainment=config.lagrangian.target_attainment,
+        guard=config.guard,
+    )
+    result = replay(spec_of_replay, trace=trace)
+    return {
+        "front": front_figure(front_points(result), target=config.lagrangian.target_attainment),
+        "replay": timeline_figure(shown_runs(result)),
+    }
 
 
 def say_on_stderr(line: str) -> None:
@@ -225,7 +257,7 @@ def train(
     *,
     environments: Environments | None = None,
     write_bundle: BundleWriter = export_trained,
-    make_figures: FigureMaker = no_figures,
+    make_figures: FigureMaker = replayed_figures,
     say: Callable[[str], None] = say_on_stderr,
     terminal: bool | None = None,
     command: str | None = None,

@@ -148,6 +148,8 @@ class TrainConfig(_Settings):
     """The constraint."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """The choice of the best model."""
+    figure_span_s: NonNegative = 3600.0
+    """Length of the replay of training traffic behind TensorBoard's figures; 0 for no figures."""
     guard: GuardSettings = GuardSettings()
     """How tightly the policy is held, in training as later in service."""
     reward: RewardSettings = RewardSettings()

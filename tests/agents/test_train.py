@@ -182,6 +182,7 @@ def tiny(out: Path, **changes: Any) -> TrainConfig:
         "slo_scales": (1.0,),
         "ppo": PpoSettings(rollout_steps=32, batch_size=64, epochs=2, hidden=(8,), learning_rate=0.01),
         "evaluation": EvaluationSettings(every_steps=128 * 2, episodes=2),
+        "figure_span_s": 0.0,
     }
     return TrainConfig(**(values | changes))
 

@@ -110,10 +110,9 @@ class Evaluation:
         }
 
 
-def rank(figures: Mapping[str, float]) -> tuple[bool, float]:
-    """Larger is better: the highest saving where every group holds, else the least shortfall."""
-    holds = figures["shortfall"] <= 0.0
-    return holds, figures["saving"] if holds else -figures["shortfall"]
+def score(figures: Mapping[str, float], shortfall_price: float) -> float:
+    """What the best model has most of: saving, less a price for what the worst group lacks."""
+    return figures["saving"] - shortfall_price * figures["shortfall"]
 
 
 Decide: TypeAlias = "Callable[[NDArray[np.float32], VecEnv], NDArray[np.int64]]"
@@ -304,7 +303,8 @@ class BoundaryCallback(BaseCallback):
         self.log.append(outcome)
         figures = outcome.figures(self._demanded)
         record_evaluation(self.logger, figures)
-        if self._state.best is None or rank(figures) > rank(self._state.best):
+        price = self._config.evaluation.shortfall_price
+        if self._state.best is None or score(figures, price) > score(self._state.best, price):
             self._state.best = figures
             unfinished = self._config.out / "best_model.part"
             with unfinished.open("wb") as file:

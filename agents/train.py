@@ -194,6 +194,7 @@ class SimulatedEnvironments:
             guard=config.guard,
             reward_settings=config.reward,
             stagger=stagger,
+            control_variate=config.control_variate,
         )
 
 

@@ -135,3 +135,15 @@ def test_training_twice_on_the_simulation_gives_one_bundle(config: TrainConfig, 
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
     assert {"figures/front", "figures/replay"} <= set(events.Tags()["images"])
+
+
+def test_a_resumed_run_on_the_simulation_equals_one_that_never_stopped(config: TrainConfig) -> None:
+    config = config.model_copy(update={"checkpoint_steps": 128, "figure_span_s": 0.0})
+    whole = train(config, say=lambda _: None, terminal=False)
+    assert whole.bundle is not None
+    before = whole.bundle.read_bytes()
+    whole.bundle.unlink()
+    (config.out / "checkpoints/rl_model_256_steps.zip").unlink()
+    resumed = train(config.model_copy(update={"resume": True}), say=lambda _: None, terminal=False)
+    assert resumed.bundle is not None
+    assert resumed.bundle.read_bytes() == before

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "RLGOV_"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "export"})
+COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "study", "export"})
 TRAIN_MODULES = frozenset(
     {
         "gymnasium",
@@ -50,6 +50,7 @@ _COMMANDS = (
     ("train", "train:train", "Train a policy by PPO on a simulated deployment."),
     ("replay", "replay:replay", "Put a trace through policies and baselines, deterministically."),
     ("tune", "tune:tune", "Fit the knobs of a control rule on a trace's training span."),
+    ("study", "study:study", "Set learned policies against every static setting and every tuned rule."),
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
 )
 _TRACE_COMMANDS = (

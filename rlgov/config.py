@@ -123,6 +123,47 @@ class TuneSettings(Settings):
     """Fixes the search."""
 
 
+class StudySettings(Settings):
+    """Learned policies against every static setting and every tuned rule, on test spans."""
+
+    trace: tuple[Path, ...] = ()
+    """Trace files; of each, the leading part is for training and tuning, the rest is the test span."""
+    bundle: tuple[Path, ...] = ()
+    """Bundles of one recipe, one a training seed; intervals are over them."""
+    loads: tuple[PositiveFloat, ...] = (0.2, 0.4, 0.7)
+    """Loads of the test span, as shares of what the fastest setting carries at 99.5 % attainment."""
+    slo_scales: tuple[PositiveFloat, ...] = (0.6, 1.0, 2.0)
+    """Multiples of the profile's latency limits: 0.6 is the 3x rule, 2 the 10x rule."""
+    budget: PositiveInt = 48
+    """Evaluations to tune each rule with, for each workload and SLO."""
+    profile: str = DEFAULT_PROFILE
+    """Profile name or path of a profile file."""
+    day: bool = True
+    """Take a compressed synthetic day that swings from 10 to 80 % load, too."""
+    train_fraction: Fraction = 0.7
+    """Leading share of each trace that is its training span."""
+    target_attainment: Fraction = 0.99
+    """Share of requests that must be within both limits."""
+    seed: int = 0
+    """Fixes the searches and the random policy."""
+    workers: PositiveInt = 1
+    """Processes to share the work; the result is the same with any number."""
+    out: Path = Path("runs/study")
+    """Folder for study.json, study.md, the CSV files and the plot; finished parts in it are kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.trace and not self.day:
+            msg = "there is nothing to study: name at least one trace or leave the day in"
+            raise ValueError(msg)
+        for name in ("loads", "slo_scales"):
+            values: tuple[float, ...] = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                msg = f"{name} must be one or more different numbers, got {values}"
+                raise ValueError(msg)
+        return self
+
+
 class ExportSettings(Settings):
     """Turn a trained model into a bundle: weights without pickle, with everything needed to run them."""
 

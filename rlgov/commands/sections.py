@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 def sections() -> dict[str, type[BaseModel]]:
     """The record of settings of each section, in the order people meet them."""
     from rlgov.agents.train_config import TrainConfig
-    from rlgov.config import DemoSettings, ExportSettings, ReplaySettings, TuneSettings
+    from rlgov.config import DemoSettings, ExportSettings, ReplaySettings, StudySettings, TuneSettings
 
     return {
         "demo": DemoSettings,
         "train": TrainConfig,
         "replay": ReplaySettings,
         "tune": TuneSettings,
+        "study": StudySettings,
         "export": ExportSettings,
     }

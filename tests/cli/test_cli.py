@@ -67,12 +67,12 @@ def test_help_and_settings_import_nothing_heavy(arguments: list[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     told = capsys.readouterr().out
-    for command in ("demo", "train", "replay", "tune", "export", "trace", "profile", "config", "--config"):
+    for command in ("demo", "train", "replay", "tune", "study", "export", "trace", "profile", "config", "--config"):
         assert command in told
 
 
 def test_every_command_can_be_imported_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [["demo"], ["train"], ["replay"], ["tune"], ["export"]]
+    commands = [["demo"], ["train"], ["replay"], ["tune"], ["study"], ["export"]]
     commands += [["trace", name] for name in ("show", "fetch", "synth")]
     commands += [["profile", name] for name in ("list", "show")]
     commands += [["config", name] for name in ("show", "schema")]
@@ -158,7 +158,7 @@ def test_profiles_are_reported_as_json(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert set(schema["properties"]) == {"demo", "train", "replay", "tune", "export"}
+    assert set(schema["properties"]) == {"demo", "train", "replay", "tune", "study", "export"}
     assert schema["additionalProperties"] is False
 
 

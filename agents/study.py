@@ -96,54 +96,48 @@ def run_study(
             say(f"{lost.workload}, SLO x {lost.slo_scale:g}: cannot be held even without load")
         say(f"{len(cells)} workloads under an SLO, {sum(len(c.scenarios) for c in cells)} test scenarios")
 
-        statics: list[tuple[StaticPoint, ...]] = []
-        jobs = [_StaticsJob(cell, k, store) for cell in cells for k in range(len(cell.scenarios))]
-        for job, points in zip(jobs, pool.map(_test_statics, jobs), strict=True):
-            statics.append(points)
-            say(f"every static setting on the test span of {_where(job.cell)} at {job.scenario.label}")
-        trained: list[TrainingStatics] = []
-        for cell, training in zip(
-            cells, pool.map(_train_statics, [_CellJob(settings, cell, store) for cell in cells]), strict=True
-        ):
-            trained.append(training)
-            say(f"every static setting on the training span of {_where(cell)}")
-        tuning = [
+        run = _Phase(pool, say)
+        static_jobs = [_StaticsJob(cell, k, store) for cell in cells for k in range(len(cell.scenarios))]
+        statics = run(
+            _test_statics,
+            static_jobs,
+            lambda job, _: f"static settings, test span: {_where(job.cell)} at {job.scenario.label}",
+        )
+        trained = run(
+            _train_statics,
+            [_CellJob(settings, cell, store) for cell in cells],
+            lambda job, _: f"static settings, training span: {_where(job.cell)}",
+        )
+        tune_jobs = [
             _TuneJob(settings, cell, rule, training, store)
             for cell, training in zip(cells, trained, strict=True)
             for rule in RULES
         ]
-        records: list[TunedRecord] = []
-        for tune_job, record in zip(tuning, pool.map(_tune, tuning), strict=True):
-            records.append(record)
-            say(
-                f"tuned {tune_job.rule} for {_where(tune_job.cell)}: "
-                f"{100 * (record.slo_attainment or 0.0):.2f} % on the training span"
-            )
-        playing = [
-            _PlayJob(
-                settings,
-                cell,
-                tuple(records[len(RULES) * k : len(RULES) * (k + 1)]),
-                trained[k].best,
-                bundles,
-            )
-            for k, cell in enumerate(cells)
+        records = run(
+            _tune,
+            tune_jobs,
+            lambda job, record: (
+                f"tuned {job.rule}: {_where(job.cell)}, "
+                f"{100 * (record.slo_attainment or 0.0):.2f} % in SLO in training"
+            ),
+        )
+        tuned = [tuple(records[len(RULES) * k : len(RULES) * (k + 1)]) for k in range(len(cells))]
+        play_jobs = [
+            _PlayJob(settings, cell, mine, training.best, bundles)
+            for cell, mine, training in zip(cells, tuned, trained, strict=True)
         ]
-        played: list[dict[str, tuple[Figures, ...]]] = []
-        for play_job, result in zip(playing, pool.map(_play, playing), strict=True):
-            played.append(result)
-            say(f"rules and learned policies on the test span of {_where(play_job.cell)}")
+        played = run(_play, play_jobs, lambda job, _: f"rules and learned policies: {_where(job.cell)}")
     points = iter(statics)
     scenarios = tuple(
         scenario_result(
             cell,
             scenario,
             next(points),
-            {name: by_load[k] for name, by_load in result.items()},
+            {name: by_load[k] for name, by_load in by_policy.items()},
             tuple(bundles),
             target_attainment=settings.target_attainment,
         )
-        for cell, result in zip(cells, played, strict=True)
+        for cell, by_policy in zip(cells, played, strict=True)
         for k, scenario in enumerate(cell.scenarios)
     )
     return StudyResult(
@@ -154,7 +148,7 @@ def run_study(
         capacities=tuple((cell.workload, cell.slo_scale, cell.capacity) for cell in cells),
         not_holdable=not_holdable,
         tuned={
-            f"{_where(job.cell)}: {job.rule}": record for job, record in zip(tuning, records, strict=True)
+            f"{_where(job.cell)}: {job.rule}": record for job, record in zip(tune_jobs, records, strict=True)
         },
         scenarios=scenarios,
     ).sealed()
@@ -217,6 +211,23 @@ class _Pool:
 
     def map(self, work: Callable[[_J], _R], jobs: Sequence[_J]) -> Iterator[_R]:
         return map(work, jobs) if self._executor is None else self._executor.map(work, jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """Jobs that do not depend on each other; each is reported when it and those before it are done."""
+
+    pool: _Pool
+    say: Callable[[str], None]
+
+    def __call__(
+        self, work: Callable[[_J], _R], jobs: Sequence[_J], what: Callable[[_J, _R], str]
+    ) -> list[_R]:
+        results = []
+        for job, result in zip(jobs, self.pool.map(work, jobs), strict=True):
+            results.append(result)
+            self.say(what(job, result))
+        return results
 
 
 # Jobs: everything below runs in worker processes -----------------------------------------------------

@@ -158,8 +158,8 @@ def _handles(seeds: int, target: float) -> list[Line2D | Patch]:
     line.set_label("fastest setting")
     handles: list[Line2D | Patch] = [
         line,
-        Patch(color=_COLOURS["static"], label="best static, in hindsight"),
-        Patch(color=_COLOURS["rule"], label="best tuned rule"),
+        Patch(color=_COLOURS["static"], label="best static setting, in hindsight"),
+        Patch(color=_COLOURS["rule"], label="best rule, tuned on training spans"),
     ]
     if seeds:
         handles.append(Patch(color=_COLOURS[LEARNED], label=f"{LEARNED}, mean and 95 % of {seeds} seeds"))

@@ -7,13 +7,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from rlgov.agents import plots
+from rlgov.agents.study_result import attainment_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -162,9 +162,16 @@ def _handles(seeds: int, target: float) -> list[Line2D | Patch]:
         Patch(color=_COLOURS["rule"], label="best rule, tuned on training spans"),
     ]
     if seeds:
-        handles.append(Patch(color=_COLOURS[LEARNED], label=f"{LEARNED}, mean and 95 % of {seeds} seeds"))
+        handles.append(
+            Patch(color=_COLOURS[LEARNED], label=f"{LEARNED}, mean and 95 % interval, {seeds} seeds")
+        )
     handles.append(
-        Patch(facecolor="white", edgecolor="#444444", hatch="////", label=f"below {100 * target:g} % in SLO")
+        Patch(
+            facecolor="white",
+            edgecolor="#444444",
+            hatch="////",
+            label=f"in SLO below {100 * target:g} % (worst seed)",
+        )
     )
     return handles
 
@@ -239,7 +246,7 @@ def _line(scenario: ScenarioResult) -> str:
     cells = [
         scenario.workload,
         scenario.label,
-        _percent(scenario.fastest.slo_attainment, 2),
+        attainment_text(scenario.fastest.slo_attainment),
         f"{static} {_saved_and_kept(scenario, chosen.figures)}",
         rule,
     ]
@@ -248,7 +255,7 @@ def _line(scenario: ScenarioResult) -> str:
         cells += ["", "", "", "", ""]
     else:
         cells += [
-            _percent(learned.attainment_min, 2),
+            attainment_text(learned.attainment_min),
             _estimate(learned.saving_vs_fastest),
             _estimate(learned.saving_vs_best_static),
             "" if learned.saving_vs_best_rule is None else _estimate(learned.saving_vs_best_rule),
@@ -259,7 +266,7 @@ def _line(scenario: ScenarioResult) -> str:
 
 def _saved_and_kept(scenario: ScenarioResult, figures: Figures) -> str:
     saved = 1.0 - figures.energy_j / scenario.fastest.energy_j
-    return f"({_percent(saved)}, {_percent(figures.slo_attainment, 2)})"
+    return f"({_percent(saved)}, {attainment_text(figures.slo_attainment)})"
 
 
 def _estimate(estimate: Estimate) -> str:
@@ -269,11 +276,8 @@ def _estimate(estimate: Estimate) -> str:
     return f"{_percent(estimate.mean)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    # attainment is rounded down: 98.996 % must not read as the 99 % it misses
-    factor = 10.0**digits
-    value = np.floor(100.0 * share * factor + 1e-9) / factor if digits > 1 else 100.0 * share
-    return f"{value:.{digits}f} %"
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.1f} %"
 
 
 def _place(scenario: ScenarioResult) -> dict[str, object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -331,11 +331,22 @@ class BundlePolicy:
 
     guarded = True
 
-    def __init__(self, bundle: Bundle, name: str | None = None) -> None:
-        """Raises BundleError when the bundle was trained on another observation table."""
+    def __init__(self, bundle: Bundle, name: str | None = None, *, start_tp: int | None = None) -> None:
+        """Make a policy of a bundle.
+
+        Args:
+            bundle: What to run.
+            name: Another name for it.
+            start_tp: TP degree that the deployment is started with; the largest by default. A switch
+                of TP costs held requests, so an operator starts where the usual load will be.
+
+        Raises:
+            BundleError: The bundle was trained on another observation table.
+        """
         bundle.check_observation(FEATURES, OBSERVATION_SCHEMA)
         self.bundle = bundle
         self.name = name or bundle.manifest.name
+        self.start_tp = start_tp
         self._layers = [
             (layer.weight.T.astype(np.float64), layer.bias.astype(np.float64)) for layer in bundle.layers
         ]
@@ -350,8 +361,12 @@ class BundlePolicy:
         return self.bundle.digest
 
     def start_configuration(self, limits: Limits) -> Configuration:
-        """The fastest."""
-        return limits.fastest
+        """The fastest, at the TP degree to start with."""
+        if self.start_tp is None:
+            return limits.fastest
+        configuration = replace(limits.fastest, tp_degree=self.start_tp)
+        limits.index(configuration)  # refuses a degree that is not offered, with the choices
+        return configuration
 
     def start(self, limits: Limits, n: int) -> None:  # noqa: ARG002 - it keeps no state
         """Raises BundleError when the deployment offers other actions than the policy was trained on."""

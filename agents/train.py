@@ -52,6 +52,7 @@ from rlgov.agents.replay import ReplaySpec, replay
 from rlgov.agents.report import front_points, shown_runs
 from rlgov.agents.tensorboard import record_figures, record_hyperparameters
 from rlgov.agents.train_config import TrainConfig
+from rlgov.agents.warm_start import imitate, sweep
 from rlgov.deployments.scenario import EpisodeSampler, capacity_scale
 from rlgov.envs.vec_env import ServingVecEnv
 from rlgov.errors import ConfigError
@@ -176,7 +177,15 @@ class SimulatedEnvironments:
             slo_scales=self._config.slo_scales,
             episode_s=self._config.episode_s,
             randomize=randomize,
+            load_bins=self._config.load_bins,
         )
+
+    def head_start(self, model: Ppo, env: VecEnv) -> None:
+        """Imitate the best static setting of each load; see :mod:`rlgov.agents.warm_start`."""
+        config = self._config
+        target = config.lagrangian.target_attainment + config.lagrangian.margin
+        table = sweep(self._training_sampler, target, config.seed)
+        imitate(model, cast("ServingVecEnv", env), table, config.seed)
 
     def _servable(self, sampler: EpisodeSampler) -> ServableEpisodes:
         return ServableEpisodes(sampler, sampler.limits, self._config.least_attainment)
@@ -292,6 +301,9 @@ def train(
         state = RunState(LagrangeMultipliers(config.lagrangian, cast("TrainingEnv", env).groups))
         if config.resume:
             _restore(model, scaled, config, state)
+        elif config.warm_start and isinstance(environments, SimulatedEnvironments):
+            say("warm start: sweeping static settings and imitating the best of each load")
+            environments.head_start(model, env)
         logger = stack.enter_context(closing(configure(str(config.out), ["tensorboard", "csv"])))
         model.set_logger(logger)
         record_hyperparameters(logger, config)

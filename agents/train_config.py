@@ -33,7 +33,7 @@ class PpoSettings(_Settings):
     """Samples per gradient step; must divide rollout_steps times the number of environments."""
     epochs: PositiveInt = 4
     """Passes over each rollout."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 4e-4
     """Adam's step size at the start."""
     final_learning_rate: NonNegative = 0.0
     """Adam's step size at the end; linear in between."""
@@ -41,9 +41,9 @@ class PpoSettings(_Settings):
     """Weight of the entropy bonus at the start."""
     final_entropy_weight: NonNegative = 0.0
     """Weight of the entropy bonus at the end; linear in between."""
-    gamma: Fraction = 0.99
-    """Discount factor of one interval."""
-    gae_lambda: Probability = 0.95
+    gamma: Fraction = 0.95
+    """Discount factor of one interval. A clock works within seconds: a longer view mostly adds noise."""
+    gae_lambda: Probability = 0.9
     """Weight of long advantage estimates."""
     clip_range: PositiveFloat = 0.2
     """Largest change of an action's probability ratio that an update is rewarded for."""
@@ -69,15 +69,15 @@ class LagrangianSettings(_Settings):
     """Share of requests that must meet the service level."""
     margin: NonNegative = 0.002
     """Training aims at this much more, since replayed traces differ from training episodes."""
-    miss_weight: PositiveFloat = 2.0
+    miss_weight: PositiveFloat = 3.0
     """Start value: cost of missing every request of a window, in windows of the fastest setting's energy."""
-    miss_weight_bounds: tuple[PositiveFloat, PositiveFloat] = (0.2, 150.0)
+    miss_weight_bounds: tuple[PositiveFloat, PositiveFloat] = (0.2, 60.0)
     """The multiplier stays inside."""
-    integral_gain: NonNegative = 0.08
+    integral_gain: NonNegative = 0.03
     """Step of ln(miss weight) per rollout and unit of relative error (misses / allowed misses - 1)."""
     proportional_gain: NonNegative = 0.1
     """Immediate part of the response, against overshoot."""
-    error_bounds: tuple[float, float] = (-1.0, 3.0)
+    error_bounds: tuple[float, float] = (-1.0, 1.0)
     """Relative error is clipped to this: one overloaded rollout must not undo the learning."""
     window_rollouts: PositiveInt = 4
     """Attainment is measured over the requests of so many recent rollouts."""
@@ -97,9 +97,9 @@ class LagrangianSettings(_Settings):
 class EvaluationSettings(_Settings):
     """Periodic deterministic evaluation on fixed episodes of the validation span."""
 
-    every_steps: PositiveInt = 150_000
+    every_steps: PositiveInt = 300_000
     """Training steps between evaluations."""
-    episodes: PositiveInt = 12
+    episodes: PositiveInt = 32
     """Episodes of each workload and SLO scale."""
     shortfall_price: NonNegative = 25.0
     """Saving that makes up for a shortfall: with 25, missing the target by 0.1 % in the worst group must
@@ -126,6 +126,11 @@ class TrainConfig(_Settings):
     """Load of the episodes, as a share of the fastest setting's capacity."""
     slo_scales: tuple[PositiveFloat, ...] = (0.6, 1.0, 2.0)
     """Multiples of the profile's service level that episodes are drawn under."""
+    load_bins: PositiveInt = 3
+    """Parts of the load range that each hold the target by themselves; else high load would spend what
+    low load saves."""
+    warm_start: bool = True
+    """Begin by imitating the best static setting of each load; see :mod:`rlgov.agents.warm_start`."""
     episode_s: PositiveFloat = 300.0
     """Simulated seconds per episode."""
     least_attainment: Fraction = 0.97

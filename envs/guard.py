@@ -55,17 +55,17 @@ class GuardSettings:
     """Least time from a change of the batch cap to a reduction; it may grow at once."""
     max_down_steps: int = 3
     """By how many settings the clock may fall in one interval; it may rise at once."""
-    override_wait_fraction: float = 0.8
+    override_wait_fraction: float = 2.0
     """Override when the oldest request without a first token has waited this share of the TTFT limit."""
-    override_overdue: float = 1.0
+    override_overdue: float = 4.0
     """Override when at least so many requests are past their TTFT limit without a first token."""
-    override_misses: float = 3.0
+    override_misses: float = 6.0
     """Override when at least so many requests missed the SLO in one window."""
     burn_window_s: float = 20.0
     """Time constant of the averages behind the burn rate."""
-    burn_share: float = 0.1
+    burn_share: float = 0.15
     """Override when recent misses per recent arrival reach this share ..."""
-    burn_misses: float = 2.0
+    burn_misses: float = 3.0
     """... and at least about so many requests missed within the burn window."""
     hold_s: float = 3.0
     """How long an override lasts after its cause is gone."""

@@ -55,6 +55,9 @@ class ServingVecEnv(VecEnv):
         seed: Of the scenarios; simulation i draws from its own stream.
         reward_scale: Factor on the rewards handed to the learner (not on those of ``infos``): returns of
             order one are what a value network learns well.
+        control_variate: Add to the learner's reward what the fastest setting spends in the same window. It
+            does not depend on the actions, so it changes no policy's rank, and takes away the part of
+            the reward that is only the traffic's.
         stagger: Let first episodes begin at different points, so that their ends do not coincide.
     """
 
@@ -71,6 +74,7 @@ class ServingVecEnv(VecEnv):
         seed: int = 0,
         stagger: bool = True,
         reward_scale: float = 1.0,
+        control_variate: bool = False,
     ) -> None:
         if n < 1 or windows < 1:
             msg = f"a vectorised environment needs n >= 1 and windows >= 1, got {n} and {windows}"
@@ -83,6 +87,9 @@ class ServingVecEnv(VecEnv):
         self._windows = windows
         self._stagger = stagger
         self._reward_scale = reward_scale
+        self._control_variate = control_variate
+        self._fastest_energy_j = np.zeros((n, windows))
+        self._every = np.arange(n)
         self._guard: GuardLike = NullGuard(limits, n) if guard is None else Guard(guard, limits, n)
         self._encoder = ObservationEncoder(limits, n)
         self._reward_settings = reward_settings
@@ -136,6 +143,7 @@ class ServingVecEnv(VecEnv):
         self._service_levels[i] = level.ttft_s, level.tpot_s
         self._fastest.load(0, scenario.trace, scenario.tables, level)
         rows = self._fastest.advance_windows(0, np.zeros((self._windows + 1, 3), dtype=np.int64))[1:]
+        self._fastest_energy_j[i] = rows[:, Column.ENERGY_J]
         self._reference_energy_j[i] = rows[:, Column.ENERGY_J].mean()
         self._reference_arrivals[i] = max(rows[:, Column.ARRIVALS].sum(), 1.0) / self._windows
         self._batch.load(i, scenario.trace, scenario.tables, level, scenario.start)
@@ -184,13 +192,16 @@ class ServingVecEnv(VecEnv):
         self._sums[:, 1] += rows[:, Column.ENERGY_J]
         self._sums[:, 2] += rows[:, Column.ARRIVALS]
         self._sums[:, 3] += rows[:, Column.MISSES]
+        learner = rewards
+        if self._control_variate:
+            learner = rewards + self._fastest_energy_j[self._every, self._steps] / self._reference_energy_j
         self._steps += 1
         dones = self._steps >= self._lengths
         observations = self._encoder.encode(rows, self._service_levels)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             observations = self._restart(dones, observations, infos)
-        return observations, (rewards * self._reward_scale).astype(np.float32), dones, infos
+        return observations, (learner * self._reward_scale).astype(np.float32), dones, infos
 
     def _restart(
         self, dones: NDArray[np.bool_], observations: NDArray[np.float32], infos: list[dict[str, Any]]
@@ -261,6 +272,17 @@ class ServingVecEnv(VecEnv):
         self._group_windows[:] = 0.0
         self._group_misses[:] = 0.0
         return result
+
+    def present_load(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Constraint group, present load and greatest load of every simulation's episode, shape (N,) each."""
+        present = np.empty(self.num_envs)
+        peak = np.empty(self.num_envs)
+        for i, scenario in enumerate(self._scenarios):
+            loads = scenario.loads if scenario is not None else (1.0,)
+            at = self._steps[i] / self._windows * (len(loads) - 1)
+            present[i] = np.interp(at, np.arange(len(loads)), loads)
+            peak[i] = max(loads)
+        return self._group.copy(), present, peak
 
     @property
     def miss_weight(self) -> float:

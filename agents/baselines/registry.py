@@ -35,7 +35,7 @@ def by_name(name: str, context: PolicyContext) -> Policy:
 
     Args:
         name: one of :data:`NAMES`, ``static:CLOCK_MHZ/BATCH_CAP/TP``, the path of a tuned baseline
-            (``.json``) or the path of a bundle.
+            (``.json``) or the path of a bundle, with ``@TP`` behind it to start at that TP degree.
         context: what building it may need.
 
     Raises:
@@ -51,6 +51,9 @@ def by_name(name: str, context: PolicyContext) -> Policy:
     path = Path(name)
     if path.is_file():
         return _from_file(path, context)
+    file, _, degree = name.rpartition("@")
+    if degree.isdecimal() and Path(file).is_file():
+        return BundlePolicy(load_bundle(Path(file)), start_tp=int(degree))
     nearest = difflib.get_close_matches(name, [*NAMES, "static:"], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     msg = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 CAPACITY_ATTAINMENT = 0.995
 """A deployment is at 100 % load where its fastest setting holds just this attainment."""
 
-_SEARCH_STEPS = 14  # bisections of the capacity search: better than 0.1 %
+_SEARCH_STEPS = 10  # bisections of the capacity search, from a factor of 4 to 0.2 %
+_LOWEST_SCALE = 1 / 256
+_HIGHEST_SCALE = 256.0
 _DRAIN_WINDOWS = 120
 
 
@@ -38,6 +41,7 @@ class Scenario:
     service_level: ServiceLevel
     start: tuple[int, int, int] = (0, 0, 0)
     group: int = 0  # which of the sampler's constraint groups the episode belongs to
+    loads: tuple[float, ...] = (1.0,)  # share of capacity, at even times from begin to end of the episode
 
 
 class ScenarioSampler(Protocol):
@@ -94,21 +98,27 @@ def capacity_scale(limits: Limits, tables: PhysicsTables, trace: Trace, service_
 def _capacity_at(
     limits: Limits, tables: PhysicsTables, trace: Trace, service_level: ServiceLevel, tp_index: int
 ) -> float | None:
-    low, high = math.log(1 / 256), math.log(64.0)
-
     def holds(scale: float) -> bool:
         attainment = attainment_at_full_clock(limits, tables, trace.scaled(scale), service_level, tp_index)
         return attainment >= CAPACITY_ATTAINMENT
 
-    if not holds(math.exp(low)):
-        return None
+    # Bracket outward from the trace's own rate: very low rates make very long simulations.
+    low = high = 1.0
+    while not holds(low):
+        high, low = low, low / 4
+        if low < _LOWEST_SCALE:
+            return None
+    while high == low or holds(high):
+        low, high = high, high * 4
+        if low > _HIGHEST_SCALE:
+            return low
     for _ in range(_SEARCH_STEPS):
-        middle = (low + high) / 2
-        if holds(math.exp(middle)):
+        middle = math.sqrt(low * high)
+        if holds(middle):
             low = middle
         else:
             high = middle
-    return math.exp(low)
+    return low
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +161,15 @@ class Source(Protocol):
         """By SLO scale; a scale that cannot be held even without load is absent."""
         ...
 
+    @property
+    def steady(self) -> bool:
+        """Whether the load is the asked one throughout, rather than a curve of its own."""
+        ...
+
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
-    ) -> tuple[Trace, float]:
-        """Requests of one episode, and its greatest load."""
+    ) -> tuple[Trace, tuple[float, ...]]:
+        """Requests of one episode, and its load at even times from begin to end."""
         ...
 
 
@@ -170,15 +185,20 @@ class TraceSource:
         """The trace's."""
         return self.trace.name
 
+    @property
+    def steady(self) -> bool:
+        """A trace has no load curve but its own."""
+        return True
+
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
-    ) -> tuple[Trace, float]:
+    ) -> tuple[Trace, tuple[float, ...]]:
         """A slice that begins at a random time; the trace is read as a ring."""
         scale = self.capacity[slo_scale].full * load
         length_s = duration_s * scale
         span_s = self.trace.duration_s
         start_s = float(rng.uniform(0.0, span_s))
-        return _ring_slice(self.trace, start_s, min(length_s, span_s)).scaled(scale), load
+        return _ring_slice(self.trace, start_s, min(length_s, span_s)).scaled(scale), (load,)
 
 
 def _ring_slice(trace: Trace, start_s: float, length_s: float) -> Trace:
@@ -212,23 +232,30 @@ class SyntheticSource:
         """The spec's."""
         return self.spec.name
 
+    @property
+    def steady(self) -> bool:
+        """Whether the spec has no load curve."""
+        return self.spec.low == self.spec.high
+
     def draw(
         self, rng: np.random.Generator, load: float, duration_s: float, slo_scale: float
-    ) -> tuple[Trace, float]:
+    ) -> tuple[Trace, tuple[float, ...]]:
         """A new trace of the asked length; a load curve keeps its own heights."""
         rate_per_s = self.capacity[slo_scale].full
         if self.spec.low == self.spec.high:
             spec = replace(self.spec, rate_per_s=rate_per_s * load / self.spec.high, duration_s=duration_s)
-            return synthesize(spec, rng), load
+            return synthesize(spec, rng), (load,)
         cycles = float(rng.uniform(*_DAYS_PER_EPISODE))
         spec = replace(
             self.spec, rate_per_s=rate_per_s, duration_s=duration_s, cycles=cycles, phase=float(rng.uniform())
         )
-        return synthesize(spec, rng), float(np.max(spec.load(np.linspace(0.0, duration_s, 64))))
+        return synthesize(spec, rng), tuple(spec.load(np.linspace(0.0, duration_s, _LOAD_POINTS)).tolist())
 
 
 # An episode of minutes sees a part of a day, steeper or flatter than a whole hour's compressed day.
 _DAYS_PER_EPISODE = (0.04, 0.4)
+_LOAD_POINTS = 33
+_NEAR = (0.75, 1.25)  # loads this far outside a group's range still belong to it
 
 
 def synthetic_capacity(
@@ -241,6 +268,14 @@ def synthetic_capacity(
     return replace(capacity, full=capacity.full * trace.mean_rate_per_s)
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    source: int
+    slo_scale: float
+    low: float  # loads
+    high: float
+
+
 class EpisodeSampler:
     """Training episodes: a source, a load, an SLO scale, a physics and a start, all drawn at random.
 
@@ -251,6 +286,8 @@ class EpisodeSampler:
         slo_scales: Scales of the profile's SLO to draw from.
         episode_s: Length of an episode.
         randomize: Draw the profile's uncertain parameters too; otherwise they stay nominal.
+        load_bins: Parts of the load range that each make a constraint group of their own: a policy must
+            not pay for misses at high load with spare attainment at low load.
     """
 
     def __init__(
@@ -262,6 +299,7 @@ class EpisodeSampler:
         slo_scales: Sequence[float] = (1.0,),
         episode_s: float = 300.0,
         randomize: bool = True,
+        load_bins: int = 3,
     ) -> None:
         if not sources or not slo_scales:
             msg = "training needs at least one workload and one SLO scale"
@@ -270,11 +308,17 @@ class EpisodeSampler:
         self.limits = profile.limits()
         self.slo_scales = tuple(slo_scales)
         self.episode_s = episode_s
-        self._load_range = load_range
         self._randomize = randomize
         self._nominal = build_tables(profile)
         self._sources = [self._source(source) for source in sources]
-        self._pairs = [(k, scale) for k, source in enumerate(self._sources) for scale in source.capacity]
+        edges = np.linspace(*load_range, load_bins + 1).tolist()
+        bins = list(itertools.pairwise(edges))
+        self._groups = [
+            _Group(k, scale, *loads)
+            for k, source in enumerate(self._sources)
+            for scale in source.capacity
+            for loads in (bins if source.steady else [load_range])
+        ]
 
     @property
     def nominal(self) -> PhysicsTables:
@@ -312,19 +356,42 @@ class EpisodeSampler:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Constraint groups: each holds the stated attainment by itself. One a workload and SLO scale."""
-        return tuple(f"{self._sources[k].name} slo {slo_scale:g}" for k, slo_scale in self._pairs)
+        """Constraint groups: each holds the stated attainment by itself. One a workload, SLO and load bin."""
+        return tuple(
+            f"{self._sources[g.source].name} slo {g.slo_scale:g} load {g.low:.2f}-{g.high:.2f}"
+            for g in self._groups
+        )
+
+    def covers(self, group: int, load: float) -> bool:
+        """Whether episodes of a constraint group have about this load."""
+        chosen = self._groups[group]
+        return chosen.low * _NEAR[0] <= load <= chosen.high * _NEAR[1]
+
+    def traffic(
+        self, group: int, load: float, duration_s: float, rng: np.random.Generator
+    ) -> tuple[Trace, ServiceLevel]:
+        """Steady traffic of a constraint group at a given load, and the group's SLO."""
+        chosen = self._groups[group]
+        slo_scale = chosen.slo_scale
+        source = self._sources[chosen.source]
+        if isinstance(source, SyntheticSource):
+            source = replace(source, spec=replace(source.spec, low=1.0, high=1.0))
+        trace, _ = source.draw(rng, load, duration_s, slo_scale)
+        return trace, self.limits.service_level.scaled(slo_scale)
 
     def sample(self, rng: np.random.Generator) -> Scenario:
         """The scenario of one episode."""
-        group = int(rng.integers(len(self._pairs)))
-        k, slo_scale = self._pairs[group]
-        source = self._sources[k]
-        trace, load = source.draw(rng, float(rng.uniform(*self._load_range)), self.episode_s, slo_scale)
+        group = int(rng.integers(len(self._groups)))
+        chosen = self._groups[group]
+        slo_scale = chosen.slo_scale
+        source = self._sources[chosen.source]
+        trace, loads = source.draw(
+            rng, float(rng.uniform(chosen.low, chosen.high)), self.episode_s, slo_scale
+        )
         tables = self._nominal
         if self._randomize:
             tables = build_tables(self.profile, draw=draw_parameters(self.profile, rng))
         # Start where the load can be carried: what misses at a hopeless start teaches nothing.
-        degrees = source.capacity[slo_scale].starts(load)
+        degrees = source.capacity[slo_scale].starts(max(loads))
         start = (0, 0, degrees[int(rng.integers(len(degrees)))])
-        return Scenario(trace, tables, self.limits.service_level.scaled(slo_scale), start, group)
+        return Scenario(trace, tables, self.limits.service_level.scaled(slo_scale), start, group, loads)

@@ -53,7 +53,9 @@ class SimulatedDeployment:
         if isinstance(workload, Trace):
             tables = build_tables(profile) if tables is None else tables
             index = base.index(base.fastest if start is None else start)
-            self._sampler: ScenarioSampler = FixedScenario(workload, tables, self._limits.service_level, index)
+            self._sampler: ScenarioSampler = FixedScenario(
+                workload, tables, self._limits.service_level, index
+            )
             capacity = max(len(workload), 1)
         else:
             self._sampler = workload

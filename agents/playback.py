@@ -294,9 +294,7 @@ def hold(
     ended = np.flatnonzero(is_over(rows, schedule.span_end_s, schedule.end_s))
     length = int(ended[0]) + 1 if ended.size else count
     reasons = np.zeros(length, dtype=np.int8)
-    return counted(
-        static_name(configuration), limits, schedule, rows[:length], reasons, batch.request_log(0)
-    )
+    return counted(static_name(configuration), limits, schedule, rows[:length], reasons, batch.request_log(0))
 
 
 def _roll(

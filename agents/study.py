@@ -32,7 +32,7 @@ from rlgov.agents.replay import StaticPoint, trace_digest
 from rlgov.agents.side_by_side import Entry, play_side_by_side
 from rlgov.agents.study_grid import Cell, NotHoldable, Scenario, day_cell, trace_cell
 from rlgov.agents.study_result import RANDOM, TRAINED_STATIC, StudyResult, scenario_result
-from rlgov.agents.study_rules import RULES, TrainingStatics, training_statics, tune_rule
+from rlgov.agents.study_rules import RULES, TrainingStatics, evaluate, training_statics, tune_rule
 from rlgov.agents.tuning import Outcome
 from rlgov.errors import ConfigError
 from rlgov.records import Configuration
@@ -86,11 +86,17 @@ def run_study(
         raise ConfigError(msg)
     store = _Store(settings.out, _code_digest())
     with _Pool(settings.workers) as pool:
-        grid = [_Grid(settings, trace, slo) for slo in settings.slo_scales for trace in traces]
+        # One cell a load: rules are tuned for the very load they are tested at.
+        grid = [
+            _Grid(settings, trace, slo, load)
+            for slo in settings.slo_scales
+            for trace in traces
+            for load in settings.loads
+        ]
         if settings.day:
-            grid += [_Grid(settings, None, slo) for slo in settings.slo_scales]
+            grid += [_Grid(settings, None, slo, None) for slo in settings.slo_scales]
         found = list(pool.map(_cell, grid))
-        not_holdable = tuple(cell for cell in found if isinstance(cell, NotHoldable))
+        not_holdable = tuple(dict.fromkeys(cell for cell in found if isinstance(cell, NotHoldable)))
         cells = tuple(cell for cell in found if isinstance(cell, Cell))
         for lost in not_holdable:
             say(f"{lost.workload}, SLO x {lost.slo_scale:g}: cannot be held even without load")
@@ -101,7 +107,7 @@ def run_study(
         statics = run(
             _test_statics,
             static_jobs,
-            lambda job, _: f"static settings, test span: {_where(job.cell)} at {job.scenario.label}",
+            lambda job, _: f"static settings, test span: {_where(job.cell)}",
         )
         trained = run(
             _train_statics,
@@ -123,7 +129,7 @@ def run_study(
         )
         tuned = [tuple(records[len(RULES) * k : len(RULES) * (k + 1)]) for k in range(len(cells))]
         play_jobs = [
-            _PlayJob(settings, cell, mine, training.best, bundles)
+            _PlayJob(settings, cell, mine, training.best, training.fastest_energy_j, bundles)
             for cell, mine, training in zip(cells, tuned, trained, strict=True)
         ]
         played = run(_play, play_jobs, lambda job, _: f"rules and learned policies: {_where(job.cell)}")
@@ -145,7 +151,7 @@ def run_study(
         digest="",
         traces={trace.name: trace_digest(trace) for trace in traces},
         bundles={name: load_bundle(path).digest for name, path in bundles.items()},
-        capacities=tuple((cell.workload, cell.slo_scale, cell.capacity) for cell in cells),
+        capacities=tuple(dict.fromkeys((cell.workload, cell.slo_scale, cell.capacity) for cell in cells)),
         not_holdable=not_holdable,
         tuned={
             f"{_where(job.cell)}: {job.rule}": record for job, record in zip(tune_jobs, records, strict=True)
@@ -155,7 +161,8 @@ def run_study(
 
 
 def _where(cell: Cell) -> str:
-    return f"{cell.workload}, SLO x {cell.slo_scale:g}"
+    loads = ", ".join(scenario.label for scenario in cell.scenarios)
+    return f"{cell.workload} at {loads}, SLO x {cell.slo_scale:g}"
 
 
 def _bundles(paths: Sequence[Path]) -> dict[str, Path]:
@@ -238,6 +245,7 @@ class _Grid:
     settings: StudySettings
     trace: Trace | None  # None: the synthetic day
     slo_scale: float
+    load: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +295,7 @@ class _PlayJob:
     cell: Cell
     records: tuple[TunedRecord, ...]
     trained_static: Configuration
+    fastest_energy_j: tuple[float, ...]
     bundles: dict[str, Path]
 
 
@@ -294,14 +303,14 @@ def _cell(job: _Grid) -> Cell | NotHoldable:
     settings = job.settings
     profile = load_profile(settings.profile)
     limits, tables = profile.limits(), build_tables(profile)
-    if job.trace is None:
+    if job.trace is None or job.load is None:
         return day_cell(job.slo_scale, limits, tables)
     return trace_cell(
         job.trace,
         job.slo_scale,
         limits,
         tables,
-        loads=settings.loads,
+        loads=(job.load,),
         train_fraction=settings.train_fraction,
     )
 
@@ -364,10 +373,28 @@ def _play(job: _PlayJob) -> dict[str, tuple[Figures, ...]]:
     policies |= {
         record.family: FAMILIES[record.family].build(record.parameters, context) for record in job.records
     }
-    policies |= {name: BundlePolicy(load_bundle(path), name) for name, path in job.bundles.items()}
+    policies |= _learned(job)
     episodes = tuple(scenario.test for scenario in cell.scenarios)
     entries = [Entry(policy, episodes) for policy in policies.values()]
     return dict(zip(policies, play_side_by_side(entries, cell.limits, cell.tables), strict=True))
+
+
+def _learned(job: _PlayJob) -> dict[str, Policy]:
+    """The bundles, each started at the TP degree that serves it best on the training stretches.
+
+    Rules have their TP degree tuned on these stretches too. A learned policy may leave its start, but
+    leaving it costs held requests, so an operator starts a deployment where its usual load belongs.
+    """
+    cell = job.cell
+    degrees = cell.limits.tp_degrees
+    chosen: dict[str, Policy] = {}
+    for name, path in job.bundles.items():
+        bundle = load_bundle(path)
+        candidates: list[Policy] = [BundlePolicy(bundle, name, start_tp=degree) for degree in degrees]
+        outcomes = evaluate(cell, candidates, job.fastest_energy_j, observe=True)
+        best = min(range(len(degrees)), key=lambda k: outcomes[k].rank(job.settings.target_attainment))
+        chosen[name] = BundlePolicy(bundle, name, start_tp=degrees[best])
+    return chosen
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401  # what JSON holds

@@ -1,4 +1,4 @@
-"""The same effort for every rule of a study: tuned on training stretches, jointly over the loads.
+"""The same effort for every rule of a study: tuned on training stretches, jointly over the loads of a cell.
 
 Outcomes are of a mix of the loads: attainment is that of the worst load, and the energy is the mean
 over the loads of energy relative to the fastest setting, times what the fastest setting spends on all.
@@ -84,12 +84,12 @@ def tune_rule(
         step = max(1, _ROWS_AT_ONCE // rows)
         outcomes: list[Outcome] = []
         for k in range(0, len(policies), step):
-            outcomes += _evaluate(cell, policies[k : k + step], statics.fastest_energy_j)
+            outcomes += evaluate(cell, policies[k : k + step], statics.fastest_energy_j)
         return outcomes
 
     result = tune(
         FAMILIES[rule],
-        lambda policy: _evaluate(cell, [policy], statics.fastest_energy_j)[0],
+        lambda policy: evaluate(cell, [policy], statics.fastest_energy_j)[0],
         budget,
         np.random.default_rng(seed),
         context=PolicyContext(cell.limits, cell.tables, statics.best, seed),
@@ -101,11 +101,14 @@ def tune_rule(
     return result.record(profile=profile, trained_on=(span,))
 
 
-def _evaluate(cell: Cell, policies: Sequence[Policy], fastest_j: Sequence[float]) -> list[Outcome]:
+def evaluate(
+    cell: Cell, policies: Sequence[Policy], fastest_j: Sequence[float], *, observe: bool = False
+) -> list[Outcome]:
+    """What policies do on a cell's training stretches; ``observe`` if any of them reads observations."""
     episodes = tuple(episode for scenario in cell.scenarios for episode in scenario.training)
     entries = [Entry(policy, episodes) for policy in policies]
     outcomes = []
-    for played in play_side_by_side(entries, cell.limits, cell.tables, observe=False):
+    for played in play_side_by_side(entries, cell.limits, cell.tables, observe=observe):
         rest = iter(played)
         by_load = [tuple(next(rest) for _ in scenario.training) for scenario in cell.scenarios]
         outcomes.append(_mixed(by_load, fastest_j))

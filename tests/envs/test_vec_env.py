@@ -142,7 +142,8 @@ def test_rows_equal_single_environments(guard: GuardSettings | None, stagger: bo
             np.testing.assert_array_equal(vec.window_rows[i], one.window.to_row())
             np.testing.assert_array_equal(vec.action_masks()[i], one.env.action_masks())
         actions = random_actions(rng, n)
-        observations, rewards, dones, infos = vec.step(actions)
+        vec.step_async(actions)
+        observations, rewards, dones, infos = vec.step_wait()
         for i, one in enumerate(singles):
             one.step(actions[i])
             assert rewards[i] == pytest.approx(one.reward, rel=1e-6)
@@ -195,7 +196,8 @@ def rollout(vec: ServingVecEnv, steps: int = 2 * WINDOWS) -> tuple[NDArray[Any],
     rng = np.random.default_rng(1)
     observations, rewards = [vec.reset()], []
     for _ in range(steps):
-        observation, reward, _, _ = vec.step(random_actions(rng, vec.num_envs))
+        vec.step_async(random_actions(rng, vec.num_envs))
+        observation, reward, _, _ = vec.step_wait()
         observations.append(observation.copy())
         rewards.append(reward.copy())
     return np.stack(observations), np.stack(rewards)

@@ -32,7 +32,9 @@ def toy_tables(
     throttled. With ``host_s`` of 8 ms the small batches are bound by the host.
     """
     tp = np.array(TP_DEGREES, dtype=np.int64)
-    share = 1.0 / tp.astype(np.float64)
+    gpus = tp.astype(np.float64)
+    share = 1.0 / gpus
+    several = (gpus > 1).astype(np.float64)  # whether engines of this degree communicate
     decodes = np.arange(MAX_BATCH + 1, dtype=np.float64)
     x = np.array(GRID_CLOCKS_MHZ, dtype=np.float64) / GRID_CLOCKS_MHZ[-1]
     ones = np.ones(len(tp))
@@ -45,12 +47,12 @@ def toy_tables(
         tdp_w=tdp_w,
         decode_memory_s=np.outer(share, np.where(decodes > 0, 0.012, 0.0)),
         decode_compute_s=np.outer(share, 0.0004 * decodes),
-        decode_comm_s=np.outer((tp > 1) * 1.0, np.where(decodes > 0, 0.0005, 0.0)),
+        decode_comm_s=np.outer(several, np.where(decodes > 0, 0.0005, 0.0)),
         kv_memory_s=2e-6 * share,
         kv_compute_s=1e-6 * share,
         prefill_memory_s=4e-6 * share,
         prefill_compute_s=2e-4 * share,
-        prefill_comm_s=1e-6 * (tp > 1),
+        prefill_comm_s=1e-6 * several,
         attention_compute_s=2e-8 * share,
         host_s=host_s * ones,
         decode_memory_j=np.outer(ones, np.where(decodes > 0, 1.5, 0.0)),
@@ -68,9 +70,9 @@ def toy_tables(
         idle_w=60.0 + 40.0 * x,
         kv_blocks=np.array(kv_blocks, dtype=np.int64),
         startup_s=startup_s * ones,
-        startup_w=150.0 * tp,
+        startup_w=150.0 * gpus,
         warmup_s=warmup_s * ones,
-        warmup_w=250.0 * tp,
+        warmup_w=250.0 * gpus,
         clock_delay_s=clock_delay_s,
         max_num_batched_tokens=budget_tokens,
     )

@@ -42,7 +42,7 @@ class Case:
         gaps_ms, prompts, outputs, hits = (
             np.array([request[k] for request in self.requests], dtype=np.float64) for k in range(4)
         )
-        arrival_s = np.round(np.cumsum(gaps_ms), 3) / 1000.0
+        arrival_s = (np.round(np.cumsum(gaps_ms), 3) / 1000.0).astype(np.float64)
         return Trace(
             "case",
             arrival_s,

@@ -316,7 +316,7 @@ def train(
         else:
             bundle = config.out / BUNDLE_NAME
             model.set_parameters(str(config.out / "best_model.zip"), device="cpu")
-            write_bundle(model, _seen_observations(model, env, config), config, bundle)
+            write_bundle(model, seen_observations(model, env, config), config, bundle)
             record_figures(logger, make_figures(config, bundle), model.num_timesteps)
     return TrainResult(config.out, model.num_timesteps, state.interrupted, state.best, bundle)
 
@@ -393,7 +393,7 @@ def _restore(model: Ppo, env: VecNormalize, config: TrainConfig, state: RunState
     restore_return_scale(env, checkpoint.return_scale)
 
 
-def _seen_observations(model: Ppo, env: VecEnv, config: TrainConfig) -> NDArray[np.float32]:
+def seen_observations(model: Ppo, env: VecEnv, config: TrainConfig) -> NDArray[np.float32]:
     """What the model sees on training episodes: the range that a service may later be compared with."""
     seen: list[Any] = []
     run_episodes(env, config.seed, partial(predict, model), lambda batch: seen.append(batch.copy()))

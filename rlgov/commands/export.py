@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from rlgov.commands.output import Json, put_fields, put_json
 from rlgov.config import ExportSettings
 from rlgov.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 BUNDLE_NAMES = {"best": "policy.safetensors", "last": "policy-last.safetensors"}
 
@@ -47,18 +43,15 @@ def export(*, settings: Annotated[ExportSettings, Parameter(name="*")], json: Js
 
 
 def _write(settings: ExportSettings, out: Path) -> None:
-    import numpy as np
     import torch
 
-    from rlgov.agents.callbacks import run_episodes
     from rlgov.agents.ppo import build_ppo, load_checkpoint
-    from rlgov.agents.train import SimulatedEnvironments, export_trained, load_config
+    from rlgov.agents.train import SimulatedEnvironments, export_trained, load_config, seen_observations
 
     source = _source(settings)
     config = load_config(settings.run / "config.yml")
     torch.set_num_threads(1)  # as in training: small matrices, and equal rounding
-    env = SimulatedEnvironments(config)(config, config.slo_scales, config.environments, validation=False)
-    seen: list[NDArray[np.float32]] = []
+    env = SimulatedEnvironments(config).training()
     try:
         model = build_ppo(env, config.ppo, config.seed)
         if settings.model == "best":
@@ -66,8 +59,7 @@ def _write(settings: ExportSettings, out: Path) -> None:
         else:
             load_checkpoint(model, source)
         # A bundle carries what observations looked like in training, so some episodes are played again.
-        run_episodes(model, env, config.seed, lambda observations: seen.append(observations.copy()))
-        export_trained(model, np.concatenate(seen), config, out)
+        export_trained(model, seen_observations(model, env, config), config, out)
     finally:
         env.close()
 

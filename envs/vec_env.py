@@ -53,8 +53,6 @@ class ServingVecEnv(VecEnv):
         guard: Settings of the guard; None for none.
         reward_settings: Scales and bounds of the reward.
         seed: Of the scenarios; simulation i draws from its own stream.
-        reward_scale: Factor on the rewards handed to the learner (not on those of ``infos``): returns of
-            order one are what a value network learns well.
         control_variate: Add to the learner's reward what the fastest setting spends in the same window. It
             does not depend on the actions, so it changes no policy's rank, and takes away the part of
             the reward that is only the traffic's.
@@ -73,7 +71,6 @@ class ServingVecEnv(VecEnv):
         reward_settings: RewardSettings = RewardSettings(),  # noqa: B008  # frozen
         seed: int = 0,
         stagger: bool = True,
-        reward_scale: float = 1.0,
         control_variate: bool = False,
     ) -> None:
         if n < 1 or windows < 1:
@@ -86,7 +83,6 @@ class ServingVecEnv(VecEnv):
         self._sampler = sampler
         self._windows = windows
         self._stagger = stagger
-        self._reward_scale = reward_scale
         self._control_variate = control_variate
         self._fastest_energy_j = np.zeros((n, windows))
         self._every = np.arange(n)
@@ -119,7 +115,7 @@ class ServingVecEnv(VecEnv):
 
     # ------------------------------------------------------------------ episodes
 
-    def seed(self, seed: int | None = None) -> Sequence[None | int]:
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Restart every simulation's stream of scenarios; takes effect at the next reset."""
         root = np.random.SeedSequence(seed)
         self._rngs = [np.random.default_rng(child) for child in root.spawn(self.num_envs)]
@@ -201,7 +197,7 @@ class ServingVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             observations = self._restart(dones, observations, infos)
-        return observations, (learner * self._reward_scale).astype(np.float32), dones, infos
+        return observations, learner.astype(np.float32), dones, infos
 
     def _restart(
         self, dones: NDArray[np.bool_], observations: NDArray[np.float32], infos: list[dict[str, Any]]

@@ -299,15 +299,6 @@ def test_the_miss_weight_of_a_group_prices_its_misses() -> None:
     assert set(groups) == {0, 1}
 
 
-def test_the_reward_scale_is_the_learners_only() -> None:
-    plain, scaled = make(2), make(2, reward_scale=0.25)
-    (_, rewards), (_, quarter) = rollout(plain, WINDOWS - 1), rollout(scaled, WINDOWS - 1)
-    np.testing.assert_allclose(quarter, 0.25 * rewards, rtol=1e-6)
-    zeros = np.zeros((2, 3), dtype=np.int64)
-    episodes = [vec.step(zeros)[3][0]["episode"] for vec in (plain, scaled)]
-    assert episodes[0]["r"] == episodes[1]["r"]
-
-
 # ---------------------------------------------------------------- the VecEnv around it
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from rlgov.records import Column
 from rlgov.simulation.batch import SimulationBatch
 
 if TYPE_CHECKING:
+    from gymnasium import spaces
     from numpy.typing import NDArray
+    from torch.distributions import Categorical
 
     from rlgov.agents.ppo import Ppo
     from rlgov.deployments.scenario import EpisodeSampler
@@ -34,6 +36,26 @@ SWEEP_S = (1200.0, 30_000.0)  # shortest and longest traffic of a sweep ...
 SWEEP_REQUESTS = 2500  # ... which shall hold about so many requests
 _STREAM = 0x57A12  # keeps sweeps apart from any other use of the same seed
 _DRAIN_WINDOWS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ImitationSettings:
+    """How the policy is fitted to the table."""
+
+    windows: int = 600
+    """Steps to follow the table, in every simulation."""
+    epochs: int = 12
+    """Passes over what was met."""
+    learning_rate: float = 1e-3
+    """Adam's, of this fit alone."""
+    batch_size: int = 2048
+    """Samples of a gradient step of this fit alone."""
+    clock_spread: float = 0.7
+    """Standard deviation of the clock target, in settings."""
+    cap_share: float = 0.96
+    """Probability that the target gives to the table's batch cap."""
+    tp_share: float = 0.99
+    """Probability that the target gives to the table's TP degree."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,12 +141,7 @@ def imitate(
     env: ServingVecEnv,
     table: ClockTable,
     seed: int,
-    *,
-    windows: int = 600,
-    epochs: int = 12,
-    learning_rate: float = 1e-3,
-    batch_size: int = 2048,
-    spread: float = 0.7,
+    settings: ImitationSettings = ImitationSettings(),
 ) -> float:
     """Fit the policy to the table on observations met while following it; returns the final loss.
 
@@ -133,34 +150,39 @@ def imitate(
         env: Training environment; it is left reset.
         table: What to imitate.
         seed: Fixes episodes and the order of samples.
-        windows: Steps to follow the table, in every simulation.
-        epochs: Passes over what was met.
-        learning_rate: Of this fit alone.
-        batch_size: Of this fit alone.
-        spread: Standard deviation of the clock target, in settings.
+        settings: Of the fit.
     """
-    nvec = env.action_space.nvec  # type: ignore[attr-defined]
-    observations, labels = _follow(env, table, seed, windows)
-    targets = [_soft(labels[:, 0], int(nvec[0]), spread)]
-    targets += [_peaked(labels[:, axis], int(nvec[axis]), share) for axis, share in ((1, 0.96), (2, 0.99))]
+    clocks, caps, degrees = cast("spaces.MultiDiscrete", env.action_space).nvec.tolist()
+    observations, labels = _follow(env, table, seed, settings.windows)
     x = torch.from_numpy(observations)
-    y = [torch.from_numpy(target) for target in targets]
-    policy = model.policy
-    parameters = [p for name, p in policy.named_parameters() if "value" not in name]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    targets = [
+        torch.from_numpy(_soft(labels[:, 0], clocks, settings.clock_spread)),
+        torch.from_numpy(_peaked(labels[:, 1], caps, settings.cap_share)),
+        torch.from_numpy(_peaked(labels[:, 2], degrees, settings.tp_share)),
+    ]
+    parameters = [p for name, p in model.policy.named_parameters() if "value" not in name]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     order = np.random.default_rng([_STREAM, seed])
     loss = torch.zeros(())
-    for _ in range(epochs):
+    for _ in range(settings.epochs):
         permutation = torch.from_numpy(order.permutation(x.shape[0]))
-        for chosen in permutation.split(batch_size):
-            distribution = policy.get_distribution(x[chosen])
-            # MaskablePPO's list of heads, or PPO's
-            heads = getattr(distribution, "distributions", None) or distribution.distribution
-            loss = -sum((t[chosen] * h.logits).sum(dim=1).mean() for t, h in zip(y, heads, strict=True))
+        for first in range(0, x.shape[0], settings.batch_size):
+            chosen = permutation[first : first + settings.batch_size]
+            heads = zip(targets, _heads(model, x[chosen]), strict=True)
+            losses = (-(target[chosen] * head.logits).sum(dim=1).mean() for target, head in heads)
+            loss = sum(losses, start=torch.zeros(()))
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
     return float(loss.detach())
+
+
+def _heads(model: Ppo, observations: torch.Tensor) -> list[Categorical]:
+    """The distribution of each axis, without a mask."""
+    distribution = model.policy.get_distribution(observations)
+    # MaskablePPO's name of the list, or PPO's
+    heads = getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
+    return cast("list[Categorical]", heads)
 
 
 def _follow(
@@ -183,7 +205,8 @@ def _follow(
 def _soft(labels: NDArray[np.int64], size: int, spread: float) -> NDArray[np.float32]:
     distance = np.arange(size)[None, :] - labels[:, None]
     weight = np.exp(-0.5 * (distance / spread) ** 2) + 1e-3
-    return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+    target: NDArray[np.float32] = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+    return target
 
 
 def _peaked(labels: NDArray[np.int64], size: int, share: float) -> NDArray[np.float32]:

@@ -1,5 +1,7 @@
 """Errors of rlgov. Every message says what is wrong, where, and what to do about it."""
 
+from __future__ import annotations
+
 
 class RlgovError(Exception):
     """Base of every error rlgov raises on purpose."""

@@ -173,6 +173,8 @@ class Window:
 
 
 WINDOW_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Window))
+
+
 class Column(IntEnum):
     """Column numbers of a window row: the vectorised code's view of :class:`Window`, in its order."""
 

@@ -1,0 +1,1 @@
+"""Deployments under control, simulated, replayed or recorded, and the scenarios that feed them."""

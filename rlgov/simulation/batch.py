@@ -66,10 +66,12 @@ class SimulationBatch:
             msg = f"clocks {limits.sm_clocks_mhz} MHz are not all among the card's supported clocks"
             raise ConfigError(msg)
         if tuple(tables.tp_degrees.tolist()) != limits.tp_degrees:
-            msg = f"the physics is of TP degrees {tables.tp_degrees.tolist()}, the limits say {limits.tp_degrees}"
+            degrees = tables.tp_degrees.tolist()
+            msg = f"the physics is of TP degrees {degrees}, the limits say {limits.tp_degrees}"
             raise ConfigError(msg)
-        if limits.batch_caps[0] >= tables.decode_memory_s.shape[1]:
-            msg = f"the physics covers batches up to {tables.decode_memory_s.shape[1] - 1}, the cap is {limits.batch_caps[0]}"
+        covered = tables.decode_memory_s.shape[1] - 1
+        if limits.batch_caps[0] > covered:
+            msg = f"the physics covers batches up to {covered}, the cap is {limits.batch_caps[0]}"
             raise ConfigError(msg)
         if limits.batch_caps[0] > tables.max_num_batched_tokens:
             msg = "the batch cap must not exceed max_num_batched_tokens"

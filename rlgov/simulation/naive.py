@@ -104,8 +104,8 @@ def _blocks(tokens: int) -> int:
 class NaiveSimulation:
     """One deployment under a sequence of settings, one a window.
 
-    ``settings`` holds (grid clock index, batch cap, TP index) a window. ``cost`` is the iteration function; pure Python when the compiled one's
-    ``py_func`` is given.
+    ``settings`` holds (grid clock index, batch cap, TP index) a window. ``cost`` is the iteration
+    function; pure Python when the compiled one's ``py_func`` is given.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class NaiveSimulation:
             while not engine.flying and (engine.running or engine.queue):
                 before = len(engine.queue)
                 self._schedule(engine, now)
-                if not engine.flying and len(engine.queue) == before and not engine.running:
+                if len(engine.queue) == before and not engine.running:
                     break
         if self.old is not None and not (self.old.running or self.old.queue):
             self.old = None

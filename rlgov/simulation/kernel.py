@@ -383,7 +383,7 @@ def _finish(rq, st, sm, r, now):
 
 
 @njit(cache=True)
-def _finish_due(rq, en, st, fl, sm, e, now):
+def _finish_due(rq, en, st, sm, e, now):
     """Retire every decoding request whose last token the present iteration gave."""
     while en[e, E_HEAP] > 0 and en[e, E_KEYS] == en[e, E_ITERATION]:
         r = _heap_pop(en, e, en[e, E_HEAP])
@@ -401,7 +401,7 @@ def _finish_due(rq, en, st, fl, sm, e, now):
 
 
 @njit(cache=True)
-def _complete(rq, en, st, fl, sm, e, now):
+def _complete(rq, en, st, sm, e, now):
     """The iteration in flight ends: tokens out, prompts done, finishes."""
     decodes = en[e, E_FLY_DECODES]
     en[e, E_ITERATION] += 1
@@ -414,7 +414,7 @@ def _complete(rq, en, st, fl, sm, e, now):
     st[S_TOKENS_DUE] -= en[e, E_FLY_TOKENS]
     en[e, E_FLYING] = 0
     if decodes > 0:
-        _finish_due(rq, en, st, fl, sm, e, now)
+        _finish_due(rq, en, st, sm, e, now)
     r = en[e, E_FLY_FIRST]
     en[e, E_PARTIAL] = -1
     while r >= 0:
@@ -449,7 +449,7 @@ def _complete(rq, en, st, fl, sm, e, now):
 
 
 @njit(cache=True)
-def _continue_partial(rq, en, st, fl, sm, e, budget):
+def _continue_partial(rq, en, st, e, budget):
     """Next chunk of a prompt under way. Returns its tokens and pairs, or (-1, 0) if it was preempted."""
     r = en[e, E_PARTIAL]
     done = rq[r, R_DONE]
@@ -510,7 +510,7 @@ def _stretch(rq, en, st, fl, sm, ph, e, until, blocked, jump):
     now = en[e, E_NOW]
     k = st[S_CLOCK]
     count = en[e, E_KEYS] - en[e, E_ITERATION]
-    if not jump or count < 2:
+    if not jump or count <= 1:
         return False
     step = _ps(
         ph.unit[j, U_KV_MEMORY_S] * ph.clock[k, K_MEMORY]
@@ -600,7 +600,7 @@ def _stretch(rq, en, st, fl, sm, ph, e, until, blocked, jump):
     en[e, E_CONTEXT] += count * decodes
     en[e, E_FREE] -= need
     en[e, E_NOW] = now + total
-    _finish_due(rq, en, st, fl, sm, e, en[e, E_NOW])
+    _finish_due(rq, en, st, sm, e, en[e, E_NOW])
     return True
 
 
@@ -625,7 +625,7 @@ def _schedule(rq, en, st, fl, sm, ph, e, until, jump):
     budget -= en[e, E_DECODING]
     if en[e, E_PARTIAL] >= 0:
         partial = en[e, E_PARTIAL]
-        chunk, chunk_pairs = _continue_partial(rq, en, st, fl, sm, e, budget)
+        chunk, chunk_pairs = _continue_partial(rq, en, st, e, budget)
         if chunk < 0:
             preempted = True
         else:
@@ -642,8 +642,11 @@ def _schedule(rq, en, st, fl, sm, ph, e, until, jump):
             if _blocks(rq[r, R_PROMPT] + rq[r, R_OUTPUT]) > total_blocks:
                 _take_waiting(en, e)  # longer than the whole cache: the engine refuses it
                 rq[r, R_STATE] = REJECTED
-                rq[r, R_MISSED] = 1
-                st[W_MISSES] += 1
+                if rq[r, R_MISSED] == 0:
+                    rq[r, R_MISSED] = 1
+                    st[W_MISSES] += 1
+                else:  # it waited beyond its deadline, and was counted then
+                    st[S_OVERDUE] -= 1
                 st[S_REJECTED] += 1
                 st[S_TOKENS_DUE] -= rq[r, R_TARGET] - rq[r, R_HIT]
                 continue
@@ -716,7 +719,7 @@ def _run_engine(rq, en, st, fl, sm, ph, e, until, jump):
                 _fly(en, st, fl, ph, e, until)
                 return
             _fly(en, st, fl, ph, e, en[e, E_FLY_END])
-            _complete(rq, en, st, fl, sm, e, en[e, E_NOW])
+            _complete(rq, en, st, sm, e, en[e, E_NOW])
         if en[e, E_NOW] >= until:
             return
         if not _schedule(rq, en, st, fl, sm, ph, e, until, jump):
@@ -752,6 +755,16 @@ def _retime(en, st, fl, ph, e):
     en[e, E_FLY_FULL] = duration
     en[e, E_FLY_CLOCK] = clock
     fl[F_POWER + e] = energy / (duration / _PS)
+
+
+@njit(cache=True)
+def _take_due_clock(en, st, fl, ph):
+    """Let the asked clock take effect once its delay is over."""
+    if st[S_CLOCK_DUE] <= st[S_NOW]:
+        st[S_CLOCK] = st[S_ASKED_CLOCK]
+        st[S_CLOCK_DUE] = NEVER
+        for e in range(2):
+            _retime(en, st, fl, ph, e)
 
 
 # --------------------------------------------------------------------------- TP switch
@@ -812,7 +825,7 @@ def _begin_switch(rq, en, st, fl, ph, j):
 
 
 @njit(cache=True)
-def _starting_energy(en, st, fl, ph, e, begin, to):
+def _starting_energy(en, fl, ph, e, begin, to):
     """Start-up and warm-up energy of a starting engine within [begin, to)."""
     if en[e, E_START] >= to:
         return
@@ -833,7 +846,7 @@ def _run_segment(rq, en, st, fl, sm, ph, to, jump):
         active = st[S_ACTIVE]
         other = 1 - active
         if en[other, E_STATUS] == STARTING:  # side by side, not yet ready; ready is a boundary
-            _starting_energy(en, st, fl, ph, other, begin, to)
+            _starting_energy(en, fl, ph, other, begin, to)
             _run_engine(rq, en, st, fl, sm, ph, active, to, jump)
             if en[other, E_READY] <= to:
                 split = _first_arrival_after(rq, st, en[active, E_NEXT], to)
@@ -851,7 +864,7 @@ def _run_segment(rq, en, st, fl, sm, ph, to, jump):
             if en[active, E_STATUS] == STARTING and gone:
                 if en[active, E_START] == NEVER:
                     _set_start(en, ph, active, en[other, E_GONE])
-                _starting_energy(en, st, fl, ph, active, begin, to)
+                _starting_energy(en, fl, ph, active, begin, to)
                 if en[active, E_READY] <= to:
                     en[active, E_STATUS] = SERVING
                     en[active, E_END] = st[S_REQUESTS]
@@ -980,6 +993,7 @@ def _advance(rq, en, st, fl, sm, ph, clock, cap, j, interval_ps, row, jump):
     fl[F_RUNNING] = 0.0
     fl[F_CLOCK] = 0.0
     fl[F_BUSY_GPU_PS] = 0.0
+    _take_due_clock(en, st, fl, ph)  # due at this very instant: before another one is asked for
     st[S_CAP] = cap
     if clock != st[S_ASKED_CLOCK]:
         st[S_ASKED_CLOCK] = clock
@@ -989,17 +1003,11 @@ def _advance(rq, en, st, fl, sm, ph, clock, cap, j, interval_ps, row, jump):
     _count_due_tokens(rq, st, end)
     while st[S_NOW] < end:
         to = end
-        if st[S_CLOCK_DUE] <= st[S_NOW]:
-            st[S_CLOCK] = st[S_ASKED_CLOCK]
-            st[S_CLOCK_DUE] = NEVER
-            for e in range(2):
-                _retime(en, st, fl, ph, e)
+        _take_due_clock(en, st, fl, ph)
         to = min(to, st[S_CLOCK_DUE])
         other = 1 - st[S_ACTIVE]
         if st[S_SWITCHING] == 1 and en[other, E_STATUS] == STARTING:
-            ready = en[other, E_READY]
-            if ready > st[S_NOW]:
-                to = min(to, ready)
+            to = min(to, en[other, E_READY])
         _run_segment(rq, en, st, fl, sm, ph, to, jump)
     fl[F_TOTAL_ENERGY] += fl[F_ENERGY]
     _look_at_arrivals_and_deadlines(rq, st)

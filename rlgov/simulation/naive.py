@@ -158,6 +158,7 @@ class NaiveSimulation:
         now = 0
         window = 0
         energy = np.zeros(len(self.settings))
+        self._arrive(0)
         self._apply(self.settings[0], 0)
         self._schedule_all(0)
         while window < len(self.settings):
@@ -248,6 +249,7 @@ class NaiveSimulation:
             self.new = (engine, bool(side_by_side))
             if side_by_side:
                 self.start_at = now
+                self._become_ready(now)
             else:
                 self.active.draining = True
 

@@ -125,8 +125,8 @@ def check(play: Callable[..., Played], oracle: Callable[[Case], NaiveResult]) ->
     return checked
 
 
-CLOCK_DELAYS_S = (0.0, 0.0303, 0.25)
-START_UPS_S = ((0.0, 0.1), (0.05, 0.0), (0.4, 0.1))  # and warm-ups
+CLOCK_DELAYS_S = (0.0, 0.0303, 0.1, 0.25)
+START_UPS_S = ((0.0, 0.0), (0.0, 0.1), (0.05, 0.0), (0.4, 0.1))  # and warm-ups
 
 
 @st.composite
@@ -147,9 +147,9 @@ def cases(draw: st.DrawFn) -> Case:
     requests = draw(st.lists(request, max_size=24))
     index = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2))
     start = draw(index)
-    held = draw(st.lists(st.tuples(index, st.integers(1, 6)), max_size=8))
-    later = (setting for setting, windows in held for _ in range(windows))
-    return Case(physics, tuple(requests), (start, *later), start)
+    held = draw(st.lists(st.tuples(index, st.integers(1, 6)), min_size=1, max_size=8))
+    chosen = tuple(setting for setting, windows in held for _ in range(windows))
+    return Case(physics, tuple(requests), chosen, start)
 
 
 @given(case=cases())
@@ -186,7 +186,7 @@ def random_case(seed: int) -> Case:
         physics,
         tuple((float(g), int(p), int(o), int(h)) for g, (p, o, h) in zip(gaps_ms, lengths, strict=True)),
         held,
-        held[0],
+        (0, 0, int(rng.integers(3))),
     )
 
 
@@ -223,7 +223,6 @@ def test_both_kinds_of_tp_switch_fall_into_traffic(sweep: list[tuple[Case, Playe
     assert set(pairs) == {(4, 2), (4, 1), (2, 4), (1, 4), (2, 1), (1, 2)}
 
 
-@pytest.mark.xfail(strict=True, reason="the two forms differ where the stated order at one instant decides")
 @pytest.mark.parametrize(
     "case",
     [

@@ -110,8 +110,8 @@ def markdown(result: StudyResult) -> str:
         f"the mean over {seeds} training seeds. "
         f"A static setting or a rule counts as best only where it holds {target} of requests in the SLO; "
         "the best static setting is chosen in hindsight on the test span itself. "
-        f"Rules were tuned on training spans with {settings.budget} evaluations each, for each workload, load "
-        "and SLO; the TP degree that a learned policy starts at was chosen on the same spans. "
+        f"Rules were tuned on training spans with {settings.budget} evaluations each, for each workload, "
+        "load and SLO; the TP degree that a learned policy starts at was chosen on the same spans. "
         f"Digest {result.digest[:16]}."
     )
     return "\n\n".join([*parts, notes]) + "\n"

@@ -301,6 +301,11 @@ class BoundaryCallback(BaseCallback):
             self._demanded = np.minimum(reachable, self._config.lagrangian.target_attainment)
         outcome = evaluate(model.num_timesteps, self._validation, seed, partial(predict, model))
         self.log.append(outcome)
+        attained = outcome.group_attainments()
+        multipliers = self._state.multipliers.each
+        if len(multipliers) == attained.size:  # a group may be too tight for the validation span
+            for multiplier, validated in zip(multipliers, attained.tolist(), strict=True):
+                multiplier.calibrate(validated)
         figures = outcome.figures(self._demanded)
         record_evaluation(self.logger, figures)
         price = self._config.evaluation.shortfall_price

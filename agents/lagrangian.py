@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.agents.train_config import LagrangianSettings
+
+
+LEAD_BOUND: Final = 0.01
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class LagrangeMultiplier:
     miss_weight: float = 0.0
     log_integral: float = 0.0
     recent: deque[tuple[float, float]] = field(default_factory=deque)  # (arrivals, misses) per rollout
+    lead: float = 0.0  # attainment of the deterministic policy on validation minus that of exploration
 
     def __post_init__(self) -> None:
         if not self.miss_weight:
@@ -52,18 +56,30 @@ class LagrangeMultiplier:
             return self.miss_weight
         allowed = 1.0 - (self.settings.target_attainment + self.settings.margin)
         lowest, highest = self.settings.error_bounds
-        error = min(max((1.0 - attainment) / allowed - 1.0, lowest), highest)
+        error = min(max((1.0 - attainment - self.lead) / allowed - 1.0, lowest), highest)
         low, high = (math.log(bound) for bound in self.settings.miss_weight_bounds)
         self.log_integral = min(max(self.log_integral + self.settings.integral_gain * error, low), high)
         exponent = self.log_integral + self.settings.proportional_gain * error
         self.miss_weight = math.exp(min(max(exponent, low), high))
         return self.miss_weight
 
+    def calibrate(self, validated: float) -> None:
+        """Take into account what the deterministic policy attains on validation episodes.
+
+        Exploration misses more, and validation traffic is other traffic: the constraint is meant for the
+        policy as it will serve. Half of the difference is taken over each time, and no more than
+        ``LEAD_BOUND``, since a validation attainment is a noisy number.
+        """
+        if self.attainment is not None:
+            gap = min(max(validated - self.attainment, -LEAD_BOUND), LEAD_BOUND)
+            self.lead += 0.5 * (gap - self.lead)
+
     def state(self) -> dict[str, Any]:
         """JSON-serialisable state for a checkpoint."""
         return {
             "miss_weight": self.miss_weight,
             "log_integral": self.log_integral,
+            "lead": self.lead,
             "recent": [list(pair) for pair in self.recent],
         }
 
@@ -71,7 +87,9 @@ class LagrangeMultiplier:
     def restored(cls, settings: LagrangianSettings, state: dict[str, Any]) -> LagrangeMultiplier:
         """Inverse of :meth:`state`."""
         recent = deque((float(a), float(m)) for a, m in state["recent"])
-        return cls(settings, float(state["miss_weight"]), float(state["log_integral"]), recent)
+        return cls(
+            settings, float(state["miss_weight"]), float(state["log_integral"]), recent, float(state["lead"])
+        )
 
 
 class LagrangeMultipliers:

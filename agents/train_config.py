@@ -67,7 +67,7 @@ class LagrangianSettings(_Settings):
     """Adapt the miss weight (a Lagrange multiplier), or keep it at its start value."""
     target_attainment: Fraction = 0.99
     """Share of requests that must meet the service level."""
-    margin: NonNegative = 0.0035
+    margin: NonNegative = 0.0015
     """Training aims at this much more, since replayed traces differ from training episodes."""
     miss_weight: PositiveFloat = 3.0
     """Start value: cost of missing every request of a window, in windows of the fastest setting's energy."""
@@ -98,7 +98,7 @@ class LagrangianSettings(_Settings):
 class EvaluationSettings(_Settings):
     """Periodic deterministic evaluation on fixed episodes of the validation span."""
 
-    every_steps: PositiveInt = 300_000
+    every_steps: PositiveInt = 250_000
     """Training steps between evaluations."""
     episodes: PositiveInt = 32
     """Episodes of each workload and SLO scale."""

@@ -96,7 +96,8 @@ def test_an_unmasked_model_is_plain_ppo(env: DummyVecEnv) -> None:
 
 
 def test_the_learning_rate_falls_to_its_final_value(env: DummyVecEnv) -> None:
-    model = build_ppo(env, SETTINGS.model_copy(update={"final_learning_rate": 1e-5}), seed=0)
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-3, "final_learning_rate": 1e-5})
+    model = build_ppo(env, settings, seed=0)
     assert [model.lr_schedule(left) for left in (1.0, 0.5, 0.0)] == pytest.approx([1e-3, 5.05e-4, 1e-5])
 
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
 from rlgov.agents.callbacks import Evaluation, StopRequest, Validation, leg_seed, score
-from rlgov.agents.lagrangian import LagrangeMultiplier, LagrangeMultipliers
+from rlgov.agents.lagrangian import LEAD_BOUND, LagrangeMultiplier, LagrangeMultipliers
 from rlgov.agents.train import load_config, train
 from rlgov.agents.train_config import EvaluationSettings, LagrangianSettings, PpoSettings, TrainConfig
 from rlgov.errors import ConfigError
@@ -403,13 +403,31 @@ def test_the_multiplier_stays_in_bounds_and_survives_a_checkpoint(
 
 
 def test_the_multiplier_rises_on_misses_and_falls_without() -> None:
-    missing, serving = LagrangeMultiplier(LagrangianSettings()), LagrangeMultiplier(LagrangianSettings())
+    settings = LagrangianSettings()
+    missing, serving = LagrangeMultiplier(settings), LagrangeMultiplier(settings)
     for _ in range(5):
         missing.update(1000.0, 50.0)
         serving.update(1000.0, 0.0)
-    assert missing.miss_weight > 2.0 > serving.miss_weight
-    idle = LagrangeMultiplier(LagrangianSettings())
-    assert idle.update(0.0, 0.0) == 2.0
+    assert missing.miss_weight > settings.miss_weight > serving.miss_weight
+    idle = LagrangeMultiplier(settings)
+    assert idle.update(0.0, 0.0) == pytest.approx(settings.miss_weight)
+
+
+def test_validation_moves_the_constraint_to_the_policy_as_it_will_serve() -> None:
+    settings = LagrangianSettings()
+    plain, ahead, behind = (LagrangeMultiplier(settings) for _ in range(3))
+    ahead.calibrate(1.0)
+    assert ahead.lead == 0.0  # nothing explored yet, nothing to compare with
+    for multiplier, validated in ((plain, None), (ahead, 0.997), (behind, 0.970)):
+        multiplier.update(1000.0, 10.0)
+        for _ in range(8):
+            if validated is not None:
+                multiplier.calibrate(validated)
+        multiplier.update(1000.0, 10.0)
+    assert ahead.lead == pytest.approx(0.007, abs=1e-3)
+    assert behind.lead == pytest.approx(-LEAD_BOUND, abs=1e-3)  # a noisy number moves it only so far
+    assert ahead.miss_weight < plain.miss_weight < behind.miss_weight
+    assert LagrangeMultiplier.restored(settings, ahead.state()) == ahead
 
 
 def test_each_group_has_its_own_multiplier() -> None:

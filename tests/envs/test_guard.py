@@ -199,20 +199,25 @@ def test_a_tp_degree_too_small_for_the_load_is_refused(limits: Limits, calm: Win
     assert (applied[0, TP], reasons[0]) == (0, Reason.MASKED)
 
 
+DEFAULTS = GuardSettings()
+
+
 @pytest.mark.parametrize(
-    "trouble",
+    ("signal", "threshold"),
     [
-        {"oldest_wait_s": 0.81},
-        {"overdue": 1.0, "waiting": 1.0},
-        {"misses": 3.0},
+        ("oldest_wait_s", DEFAULTS.override_wait_fraction),  # the fixture's TTFT limit is 1 s
+        ("overdue", DEFAULTS.override_overdue),
+        ("misses", DEFAULTS.override_misses),
     ],
 )
 def test_a_burning_slo_overrides_upwards_and_holds(
-    limits: Limits, calm: Window, trouble: dict[str, float]
+    limits: Limits, calm: Window, signal: str, threshold: float
 ) -> None:
     guard = Guard(GuardSettings(hold_s=2.0, burn_misses=np.inf), limits, 1)
     slow = (3, 2, 1)
-    bad = rows_at(calm, limits, slow, **trouble)
+    nearly = rows_at(calm, limits, slow, **{signal: 0.99 * threshold})
+    assert guard.apply(asked(*slow), nearly)[1][0] == Reason.POLICY
+    bad = rows_at(calm, limits, slow, **{signal: threshold})
     assert guard.mask(bad)[0].nonzero()[0].tolist()[:2] == [0, 6]
     applied, reasons = guard.apply(asked(*slow), bad)
     assert applied[0].tolist() == [0, 0, 1]  # TP stays as asked
@@ -244,7 +249,7 @@ def test_slow_burning_triggers_by_its_share_of_arrivals(limits: Limits, calm: Wi
 def test_a_healthy_window_is_left_to_the_policy(limits: Limits, calm: Window) -> None:
     guard = Guard(GuardSettings(), limits, 1)
     for _ in range(50):
-        rows = rows_at(calm, limits, (2, 1, 0), oldest_wait_s=0.5)
+        rows = rows_at(calm, limits, (2, 1, 0), oldest_wait_s=0.5 * DEFAULTS.override_wait_fraction)
         applied, reasons = guard.apply(asked(3, 1, 0), rows)
         assert (applied[0].tolist(), reasons[0]) == ([3, 1, 0], Reason.POLICY)
 
@@ -284,7 +289,8 @@ def test_an_index_out_of_range_means_fastest_but_never_a_switch(limits: Limits, 
 
 def test_the_slo_of_an_episode_moves_the_wait_limit(limits: Limits, calm: Window) -> None:
     guard = Guard(GuardSettings(), limits, 1)
-    rows = rows_at(calm, limits, (2, 0, 0), oldest_wait_s=0.7)
+    wait_s = 0.7 * DEFAULTS.override_wait_fraction  # between that share of 0.6 s and of 1 s
+    rows = rows_at(calm, limits, (2, 0, 0), oldest_wait_s=wait_s)
     assert guard.apply(asked(2, 0, 0), rows)[1][0] == Reason.POLICY
     guard.reset(np.array([True]), np.array([[0.6, 0.045]]))
     assert guard.apply(asked(2, 0, 0), rows)[1][0] == Reason.SLO_OVERRIDE

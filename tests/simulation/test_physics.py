@@ -159,9 +159,9 @@ def test_decode_grows_with_the_batch(name: str) -> None:
     assert (np.diff(total_s[:, 1:], axis=1) > 0).all()
 
 
-def test_tables_carry_twelve_digits_at_most() -> None:
-    values = TABLES["h100-qwen3-32b"].decode_memory_s.ravel().tolist()
-    assert all(value == float(f"{value:.12g}") for value in values)
+def test_tables_keep_no_last_bits() -> None:
+    values = TABLES["h100-qwen3-32b"].decode_memory_s
+    assert not (np.ascontiguousarray(values).view(np.int64) & 0xFF).any()
 
 
 def test_a_larger_batch_extends_the_tables_without_changing_them() -> None:

@@ -90,6 +90,21 @@ def test_a_tuned_rule_is_replayed_with_one_digest(
     assert written["digest"] == first["digest"]
 
 
+def test_tuning_begins_at_the_static_setting_that_is_best_on_the_training_span(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--trace", str(trace), "--profile", PROFILE, "--slo-scale", "2"]
+    tune = ["tune", "--family", "static", *common, "--budget", "9", "--train-fraction", "0.6"]
+    tuned = _report(capsys, *tune, "--out", str(tmp_path / "tuned"))
+    span_s = 0.6 * _report(capsys, "trace", "show", str(trace))["duration_s"]
+    seen = _report(capsys, "replay", *common, "--to-s", str(span_s), "--out", str(tmp_path / "seen"))
+    best = {key: seen["best_static"][key] for key in ("sm_clock_mhz", "batch_cap", "tp_degree")}
+    assert tuned["best_static"] == best
+    assert best["sm_clock_mhz"] < 1980  # so it is not simply the fastest setting
+    # a rule that can be any static setting has nothing better to find than the best one
+    assert tuned["parameters"] == best
+
+
 def test_an_unknown_policy_rule_or_workload_is_refused_with_a_hint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +140,8 @@ def test_a_trained_model_is_exported_to_the_bundle_that_training_wrote(
         "  total_steps: 128\n"
         "  environments: 4\n"
         "  checkpoint_steps: 128\n"
+        "  warm_start: false\n"
+        "  figure_span_s: 0\n"
         "  ppo: {rollout_steps: 32, batch_size: 128, epochs: 1}\n"
         "  evaluation: {episodes: 2, every_steps: 128}\n",
         encoding="utf-8",

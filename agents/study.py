@@ -99,7 +99,7 @@ def run_study(
         not_holdable = tuple(dict.fromkeys(cell for cell in found if isinstance(cell, NotHoldable)))
         cells = tuple(cell for cell in found if isinstance(cell, Cell))
         for lost in not_holdable:
-            say(f"{lost.workload}, SLO x {lost.slo_scale:g}: cannot be held even without load")
+            say(f"{lost.workload}, SLO x {lost.slo_scale:g}: cannot be held even at a 256th of its rate")
         say(f"{len(cells)} workloads under an SLO, {sum(len(c.scenarios) for c in cells)} test scenarios")
 
         run = _Phase(pool, say)

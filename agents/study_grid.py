@@ -66,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class NotHoldable:
-    """A workload that misses an SLO even without load."""
+    """A workload that misses an SLO even at a 256th of its rate."""
 
     workload: str
     slo_scale: float

@@ -101,7 +101,7 @@ def markdown(result: StudyResult) -> str:
                 "|---|---|---:|---|---|---:|---:|---:|---:|---|",
                 *(_line(scenario) for scenario in mine),
             ]
-        lines += [f"\n{cell.workload}: not holdable even without load. {cell.why}" for cell in lost]
+        lines += [f"\n{cell.workload}: not holdable even at a 256th of its rate. {cell.why}" for cell in lost]
         parts.append("\n".join(lines))
     target = f"{100 * settings.target_attainment:g} %"
     seeds = len(result.bundles)

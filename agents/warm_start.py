@@ -20,6 +20,8 @@ from rlgov.records import Column
 from rlgov.simulation.batch import SimulationBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gymnasium import spaces
     from numpy.typing import NDArray
     from torch.distributions import Categorical
@@ -93,9 +95,7 @@ def sweep(sampler: EpisodeSampler, target_attainment: float, seed: int) -> Clock
     energy_j = np.full(shape, np.inf)
     tried = np.zeros(shape[:2], dtype=np.bool_)
     batch = SimulationBatch(limits, 1, sampler.nominal)
-    for group, level in product(range(shape[0]), range(shape[1])):
-        if not sampler.covers(group, LOADS[level]):
-            continue
+    for group, level in _entries(sampler):
         rng = np.random.default_rng([_STREAM, seed])  # the same stretch of a trace at every load
         probe, _ = sampler.traffic(group, LOADS[level], SWEEP_S[0], rng)
         duration_s = min(max(SWEEP_REQUESTS / max(probe.mean_rate_per_s, 1e-6), SWEEP_S[0]), SWEEP_S[1])
@@ -108,6 +108,14 @@ def sweep(sampler: EpisodeSampler, target_attainment: float, seed: int) -> Clock
         tried[group, level] = True
     _fill(best, energy_j, tried)
     return ClockTable(np.array(LOADS), best, energy_j)
+
+
+def _entries(sampler: EpisodeSampler) -> Iterator[tuple[int, int]]:
+    """Groups and the loads to try for each: those it covers, or all if it lies between two of the grid."""
+    for group in range(len(sampler.groups)):
+        covered = [level for level, load in enumerate(LOADS) if sampler.covers(group, load)]
+        for level in covered or range(len(LOADS)):
+            yield group, level
 
 
 def _fill(best: NDArray[np.int64], energy_j: NDArray[np.float64], tried: NDArray[np.bool_]) -> None:
@@ -147,7 +155,7 @@ def imitate(
 
     Args:
         model: A fresh PPO or MaskablePPO; only its policy network is changed.
-        env: Training environment; it is left reset.
+        env: Training environment; it is left amid episodes, its counters at zero. Reset it before use.
         table: What to imitate.
         seed: Fixes episodes and the order of samples.
         settings: Of the fit.

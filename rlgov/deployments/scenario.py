@@ -83,13 +83,13 @@ def capacity_scale(limits: Limits, tables: PhysicsTables, trace: Trace, service_
     """The largest rate scale at which the fastest setting holds 99.5 % attainment on ``trace``.
 
     Found by bisection on a logarithmic scale. Raises ConfigError when no scale from 1/256 on will do,
-    that is when the SLO cannot be held even without load.
+    that is when bursts alone break the SLO.
     """
     scale = _capacity_at(limits, tables, trace, service_level, 0)
     if scale is None:
         msg = (
             f"trace {trace.name}: the fastest setting misses {service_level} for more than 0.5 % of requests "
-            "even at a 256th of the rate; loosen the SLO (slo_scale) or drop the longest prompts"
+            "even at a 256th of the rate; loosen the SLO (slo_scale) or leave this workload out"
         )
         raise ConfigError(msg)
     return scale
@@ -158,7 +158,7 @@ class Source(Protocol):
 
     @property
     def capacity(self) -> dict[float, Capacity]:
-        """By SLO scale; a scale that cannot be held even without load is absent."""
+        """By SLO scale; a scale that cannot be held at any rate is absent."""
         ...
 
     @property

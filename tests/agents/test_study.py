@@ -370,7 +370,7 @@ def test_the_files_of_a_study_hold_what_it_found(studied: tuple[Path, StudyResul
     tables = markdown(result)
     assert paths["tables"].read_text(encoding="utf-8") == tables
     assert "| made | 30 % |" in tables
-    assert "made: not holdable even without load" in tables
+    assert "made: not holdable even at a 256th of its rate" in tables
     widths = {line.count("|") for line in tables.splitlines() if line.startswith("|")}
     assert widths == {11}
     assert paths["claim"].stat().st_size > 10_000

@@ -53,12 +53,14 @@ def by_name(name: str, context: PolicyContext) -> Policy:
         return _from_file(path, context)
     file, _, degree = name.rpartition("@")
     if degree.isdecimal() and Path(file).is_file():
-        return BundlePolicy(load_bundle(Path(file)), start_tp=int(degree))
+        policy = BundlePolicy(load_bundle(Path(file)), start_tp=int(degree))
+        policy.start_configuration(context.limits)  # refuses a degree that is not offered, with the choices
+        return policy
     nearest = difflib.get_close_matches(name, [*NAMES, "static:"], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     msg = (
         f"no policy {name!r}: {hint}known are {', '.join(NAMES)}, static:CLOCK_MHZ/BATCH_CAP/TP, "
-        "and paths of a tuned baseline (.json) or a bundle"
+        "and paths of a tuned baseline (.json) or a bundle (with @TP behind it to start at that TP degree)"
     )
     raise ConfigError(msg)
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 
+from rlgov.agents.baselines import PolicyContext, by_name
 from rlgov.agents.bundle import (
     METADATA_KEY,
     Bundle,
@@ -34,7 +35,7 @@ from rlgov.agents.bundle import (
     write_bundle,
 )
 from rlgov.envs.observation import FEATURES, HIGH, LOW
-from rlgov.errors import BundleError
+from rlgov.errors import BundleError, ConfigError
 from rlgov.records import WINDOW_FIELDS, Limits, ServiceLevel
 
 LIMITS = Limits(
@@ -336,6 +337,54 @@ def test_a_policy_refuses_a_deployment_with_other_actions(field: str, value: Any
 
 def test_another_service_level_is_no_other_deployment(path: Path) -> None:
     policy_of(path).start(LIMITS.with_service_level(LIMITS.service_level.scaled(2.0)), 4)
+
+
+def test_a_deployment_starts_at_the_largest_degree_or_at_the_one_asked_for(path: Path) -> None:
+    bundle = load_bundle(path)
+    assert policy_of(path).start_configuration(LIMITS) == LIMITS.fastest
+    for tp in LIMITS.tp_degrees:
+        start = BundlePolicy(bundle, start_tp=tp).start_configuration(LIMITS)
+        assert start == replace(LIMITS.fastest, tp_degree=tp)
+    with pytest.raises(ConfigError, match=r"3.*\(4, 2, 1\)"):
+        BundlePolicy(bundle, start_tp=3).start_configuration(LIMITS)
+
+
+def test_a_bundle_is_named_by_its_path_with_the_degree_to_start_at_behind_it(
+    path: Path, tmp_path: Path
+) -> None:
+    context = PolicyContext(LIMITS)
+    plain, small = by_name(str(path), context), by_name(f"{path}@1", context)
+    assert plain.start_configuration(LIMITS) == LIMITS.fastest
+    assert small.start_configuration(LIMITS) == replace(LIMITS.fastest, tp_degree=1)
+    small.start(LIMITS, 1)
+    rows = np.zeros((50, len(WINDOW_FIELDS)))
+    for seen in (plain, small):  # where it starts is all that differs
+        assert seen.name == ORIGIN.name
+        assert seen.guarded
+    decided = [seen.decide(observations(50), rows, masks(50)) for seen in (plain, small)]
+    np.testing.assert_array_equal(decided[0], decided[1])
+
+    odd = tmp_path / "policy@2"  # a file of that very name is meant before its degree is
+    odd.write_bytes(path.read_bytes())
+    assert by_name(str(odd), context).start_configuration(LIMITS) == LIMITS.fastest
+    assert by_name(f"{odd}@2", context).start_configuration(LIMITS).tp_degree == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        ("@3", r"\(4, 2, 1\)"),
+        ("@", "no policy"),
+        ("@two", "no policy"),
+        ("@-1", "no policy"),
+        ("x@2", "no policy"),
+    ],
+)
+def test_a_degree_that_is_not_offered_and_a_malformed_name_are_refused(
+    suffix: str, message: str, path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        by_name(f"{path}{suffix}", PolicyContext(LIMITS))
 
 
 def test_distance_tells_training_range_from_elsewhere() -> None:

@@ -20,6 +20,7 @@ from rlgov.deployments.scenario import (
     attainment_at_full_clock,
     capacity_scale,
     measure_capacity,
+    synthetic_capacity,
 )
 from rlgov.errors import ConfigError
 from rlgov.records import ServiceLevel
@@ -96,6 +97,23 @@ def test_episodes_start_where_the_load_can_be_carried() -> None:
     assert CAPACITY.starts(0.3) == [0, 1]
     assert CAPACITY.starts(0.9) == [0]
     assert CAPACITY.starts(1.5) == [0]
+
+
+def test_the_capacity_of_a_synthetic_workload_is_a_rate_that_is_held() -> None:
+    limits, tables = SMALL.limits(), build_tables(SMALL)
+    level = limits.service_level
+    day = synthetic_capacity(limits, tables, SPECS["day"], level)
+    # the load curve does not enter: load 1 is the height of 1 of the curve
+    assert day == synthetic_capacity(limits, tables, replace(SPECS["day"], low=0.3, high=0.5), level)
+    assert day.tp_shares == (1.0,)
+
+    def attainment(load: float) -> float:
+        steady = replace(SPECS["day"], low=1.0, high=1.0, rate_per_s=load * day.full, duration_s=1800.0)
+        trace = synthesize(steady, np.random.default_rng(5))
+        return attainment_at_full_clock(limits, tables, trace, level)
+
+    assert attainment(0.9) > CAPACITY_ATTAINMENT
+    assert attainment(1.3) < CAPACITY_ATTAINMENT
 
 
 # ---------------------------------------------------------------- sources
@@ -194,6 +212,45 @@ def test_episodes_spread_over_everything_that_is_drawn(sampler: EpisodeSampler) 
     rates = [s.trace.mean_rate_per_s for s in drawn]
     assert max(rates) > 2 * min(rates)
     assert {round(s.trace.duration_s, 6) for s in drawn} == {40.0}
+
+
+def test_groups_are_load_bins_of_steady_workloads_and_the_whole_range_of_a_load_curve() -> None:
+    bins = EpisodeSampler(
+        SMALL, [numbered(), "day"], load_range=(0.2, 0.8), load_bins=2, episode_s=20.0, randomize=False
+    )
+    assert bins.groups == (
+        "numbered slo 1 load 0.20-0.50",
+        "numbered slo 1 load 0.50-0.80",
+        "day slo 1 load 0.20-0.80",
+    )
+    rng = np.random.default_rng(0)
+    drawn = [bins.sample(rng) for _ in range(90)]
+    assert {scenario.group for scenario in drawn} == {0, 1, 2}
+    for scenario in drawn:
+        if scenario.group < 2:
+            (load,) = scenario.loads
+            assert (0.2, 0.5)[scenario.group] <= load <= (0.5, 0.8)[scenario.group]
+        else:
+            assert len(scenario.loads) > 10
+            assert len(set(scenario.loads)) > 1
+            assert 0.0 < min(scenario.loads) < max(scenario.loads) <= 1.0
+    # bins touch, and what lies a little outside still counts as the group's
+    assert [bins.covers(0, load) for load in (0.1, 0.16, 0.5, 0.6, 0.7)] == [False, True, True, True, False]
+    assert all(bins.covers(2, load) for load in (0.2, 0.5, 0.8))
+
+
+def test_steady_traffic_of_a_group_has_the_asked_load_even_of_a_load_curve(sampler: EpisodeSampler) -> None:
+    curve = EpisodeSampler(SMALL, ["day"], episode_s=20.0, randomize=False)
+    for drawer, group in ((sampler, 0), (sampler, len(sampler.groups) - 1), (curve, 0)):
+        low, high = (
+            drawer.traffic(group, load, 3000.0, np.random.default_rng(1))[0].mean_rate_per_s
+            for load in (0.2, 0.6)
+        )
+        assert high == pytest.approx(3 * low, rel=0.15)
+    scales = [sampler.traffic(g, 0.3, 20.0, np.random.default_rng(0))[1] for g in range(len(sampler.groups))]
+    bins = len(sampler.groups) // len(sampler.slo_scales)
+    expected = [sampler.limits.service_level.scaled(x) for x in sampler.slo_scales for _ in range(bins)]
+    assert scales == expected
 
 
 def test_without_randomisation_the_physics_is_nominal() -> None:

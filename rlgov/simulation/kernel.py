@@ -152,6 +152,7 @@ from rlgov.simulation.layout import (
 )
 
 _PS = 1e12  # picoseconds in a second, as a float
+_FEW = 48
 _PHASE = BLOCK_TOKENS - 1  # x & _PHASE is x modulo 16, also below 0
 _COLUMNS = tuple(int(c) for c in Column)
 (
@@ -223,22 +224,38 @@ def _time_and_energy(ph, j, k, decodes, context, tokens, pairs):
 
 
 @njit(cache=True)
-def iteration(ph, fl, j, k, decodes, context, tokens, pairs):
-    """Duration, energy and clock of one iteration: the highest grid clock up to k that TDP allows."""
+def iteration(ph, fl, j, k, decodes, context, tokens, pairs, guess=0):
+    """Duration, energy and clock of one iteration: the highest grid clock up to k that TDP allows.
+
+    ``guess`` is where the search begins, for speed alone: power rises with the clock, so there is one
+    answer. An engine's throttled iterations tend to end near each other.
+    """
     limit_w = fl[F_TDP_W] * ph.unit[j, U_TP]
     duration, energy = _time_and_energy(ph, j, k, decodes, context, tokens, pairs)
     if energy <= limit_w * (duration / _PS) or k == 0:
         return duration, energy, k
     low, high = 0, k  # power fits at low (or nothing lower exists), not at high
+    low_duration, low_energy = np.int64(-1), 0.0
+    middle = guess if 0 < guess < k else k // 2
+    stride = 1
+    found_low = False
+    found_high = False
     while high - low > 1:
-        middle = (low + high) // 2
         duration, energy = _time_and_energy(ph, j, middle, decodes, context, tokens, pairs)
         if energy <= limit_w * (duration / _PS):
-            low = middle
+            low, low_duration, low_energy = middle, duration, energy
+            found_low = True
         else:
             high = middle
-    duration, energy = _time_and_energy(ph, j, low, decodes, context, tokens, pairs)
-    return duration, energy, low
+            found_high = True
+        if found_low and found_high:
+            middle = (low + high) // 2
+        else:  # walk away from the guess in doubling strides until both sides are known
+            middle = min(low + stride, high - 1) if found_low else max(high - stride, low + 1)
+            stride *= 2
+    if low_duration < 0:
+        low_duration, low_energy = _time_and_energy(ph, j, low, decodes, context, tokens, pairs)
+    return low_duration, low_energy, low
 
 
 # --------------------------------------------------------------------------- heap of finish iterations
@@ -681,7 +698,9 @@ def _schedule(rq, en, st, fl, sm, ph, e, until, jump):
             if _stretch(rq, en, st, fl, sm, ph, e, until, blocked, jump):
                 return True
             en[e, E_FREE] -= need
-    duration, energy, clock = iteration(ph, fl, j, st[S_CLOCK], decodes, en[e, E_CONTEXT], tokens, pairs)
+    duration, energy, clock = iteration(
+        ph, fl, j, st[S_CLOCK], decodes, en[e, E_CONTEXT], tokens, pairs, en[e, E_FLY_CLOCK]
+    )
     en[e, E_FLYING] = 1
     en[e, E_FLY_END] = now + duration
     en[e, E_FLY_FULL] = duration
@@ -892,7 +911,17 @@ def _quantiles(samples, n):
         return np.nan, np.nan
     if n == 1:
         return samples[0] / _PS, samples[0] / _PS
-    part = np.sort(samples[:n])
+    if n <= _FEW:  # in place: most windows have a handful, for which np.sort's allocation costs more
+        part = samples
+        for at in range(1, n):
+            value = samples[at]
+            to = at
+            while to > 0 and samples[to - 1] > value:
+                samples[to] = samples[to - 1]
+                to -= 1
+            samples[to] = value
+    else:
+        part = np.sort(samples[:n])
     at = 0.5 * (n - 1)
     low = int(at)
     p50 = part[low] + (at - low) * (part[min(low + 1, n - 1)] - part[low])

@@ -42,7 +42,7 @@ def interpreted(function: Any) -> Callable[..., Any]:
     plain = function.py_func
     names = {name: plain.__globals__[name] for name in plain.__code__.co_names if name in plain.__globals__}
     used = {name: interpreted(value) if hasattr(value, "py_func") else value for name, value in names.items()}
-    return FunctionType(plain.__code__, {"__builtins__": __builtins__, **used})
+    return FunctionType(plain.__code__, {"__builtins__": __builtins__, **used}, argdefs=plain.__defaults__)
 
 
 def measure(trace: Trace) -> list[Figure]:

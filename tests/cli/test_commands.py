@@ -106,7 +106,7 @@ def test_tuning_begins_at_the_static_setting_that_is_best_on_the_training_span(
 
 
 def test_an_unknown_policy_rule_or_workload_is_refused_with_a_hint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
     for arguments, hint in (
@@ -116,6 +116,7 @@ def test_an_unknown_policy_rule_or_workload_is_refused_with_a_hint(
         (["replay", "--profile", "h100-qwen3-33b", *out], PROFILE),
         (["replay", "--journal", str(tmp_path / "none.jsonl"), *out], "--policy"),
         (["export", "--run", str(tmp_path)], "no training run"),
+        (["demo", "--out", str(trace.parent)], "no demo wrote"),
     ):
         capsys.readouterr()
         assert cli.run(arguments) == cli.EXIT_ERROR

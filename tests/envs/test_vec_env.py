@@ -189,6 +189,25 @@ def test_the_control_variate_takes_away_what_the_fastest_setting_costs() -> None
         assert without["episode"]["r"] == with_cost["episode"]["r"]
 
 
+class Rising(Episodes):
+    """Episodes that say their load doubles, then falls."""
+
+    def sample(self, rng: np.random.Generator) -> Scenario:
+        return replace(super().sample(rng), loads=(0.2, 0.4, 0.3))
+
+
+def test_the_present_load_follows_the_episode_s_curve() -> None:
+    vec = make(3, Rising())
+    vec.reset()
+    for step in range(WINDOWS):
+        group, present, peak = vec.present_load()
+        assert present == pytest.approx(np.interp(2 * step / WINDOWS, [0, 1, 2], [0.2, 0.4, 0.3]))
+        assert (peak == 0.4).all()
+        assert group.tolist() == [scenario.group for scenario in vec._scenarios if scenario is not None]
+        vec.step(np.zeros((3, 3), dtype=np.int64))
+    np.testing.assert_allclose(vec.present_load()[1], 0.2)  # another episode has begun
+
+
 # ---------------------------------------------------------------- seeds
 
 

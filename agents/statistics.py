@@ -40,10 +40,6 @@ class Interval:
     low: float
     high: float
 
-    def as_list(self) -> list[float]:
-        """``[low, high]`` as JSON reports hold it."""
-        return [self.low, self.high]
-
 
 def quantile(values: ArrayLike, fraction: float) -> float | None:
     """Nearest-rank quantile: always one of the values, so it is equal to the last bit everywhere.

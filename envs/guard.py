@@ -153,7 +153,6 @@ class Guard:
         self.table = ActionTable(limits)
         self.n = n
         self._kv_capacity_tokens = np.array(limits.kv_capacity_tokens, dtype=np.float64)
-        self._smallest_kv_tokens = float(self._kv_capacity_tokens.min())
         self._trouble = np.empty((n, len(_TROUBLE)))
         self._trouble[:, 0] = settings.override_wait_fraction * limits.service_level.ttft_s
         self._trouble[:, 1:] = settings.override_overdue, settings.override_misses

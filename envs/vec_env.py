@@ -105,7 +105,7 @@ class ServingVecEnv(VecEnv):
         self._index = np.zeros((n, 3), dtype=np.int64)
         self._steps = np.zeros(n, dtype=np.int64)
         self._lengths = np.zeros(n, dtype=np.int64)
-        self._sums = np.zeros((n, 5))  # of the episode: reward, energy, arrivals, misses, steps
+        self._sums = np.zeros((n, 4))  # of the episode: reward, energy, arrivals, misses
         self._totals = np.zeros(len(_TOTALS) + 1)
         self._group_windows = np.zeros(len(self.groups))
         self._group_misses = np.zeros(len(self.groups))
@@ -216,10 +216,9 @@ class ServingVecEnv(VecEnv):
         return self._encoder.encode(rows, self._service_levels)
 
     def _episode(self, i: int) -> dict[str, float]:
-        total_reward, energy_j, arrivals, misses, _ = self._sums[i]
+        total_reward, energy_j, arrivals, misses = self._sums[i]
         steps = int(self._steps[i])
         log = self._batch.request_log(i)
-        unserved = float(np.sum(np.isnan(log.first_token_s) & ~log.missed & (log.arrival_s <= steps + 1)))
         figures = {
             "r": float(total_reward),
             "l": steps,
@@ -227,7 +226,6 @@ class ServingVecEnv(VecEnv):
             "arrivals": float(arrivals),
             "attainment": 1.0 - min(misses / arrivals, 1.0) if arrivals > 0 else 1.0,
             "energy_ratio": float(energy_j / (self._reference_energy_j[i] * steps)),
-            "waiting_at_end": unserved,
         }
         for name, values in (("ttft_p99_s", log.ttft_s), ("tpot_p99_s", log.tpot_s)):
             known = values[~np.isnan(values)]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from rlgov.agents.baselines.space import PolicyContext
 from rlgov.agents.baselines.static import every_static
 from rlgov.agents.bundle import BundlePolicy
 from rlgov.agents.playback import DRAIN_S, Figures, Run, Schedule, cut, figures, hold, play
+from rlgov.agents.workers import Pool
 from rlgov.deployments.simulated import SimulatedDeployment
 from rlgov.envs.guard import GuardSettings, Reason
 from rlgov.errors import ConfigError
@@ -49,7 +48,6 @@ DEFAULT_PROFILE: Final = "h100-qwen3-32b"
 _DRAW_STREAM: Final = 0x7E91A  # keeps the physics draws apart from any other use of the same seeds
 _BOOTSTRAP_SEED: Final = 0xB007
 
-_J = TypeVar("_J")
 _R = TypeVar("_R")
 
 
@@ -268,7 +266,7 @@ def replay(
     seeds = range(spec.seeds)
     sweeps = [_Sweep(plan, seed, chunk) for seed, chunk in product(seeds, chunks)]
     count = _Progress(progress, len(sweeps) + spec.seeds * len(names))
-    with _Pool(spec.workers) as pool:
+    with Pool(spec.workers) as pool:
         swept = [
             point for points in count.over(pool.map(_sweep, sweeps), "static settings") for point in points
         ]
@@ -367,25 +365,6 @@ def _play(job: _Job) -> Run:
     )
     name = job.policy if job.policy in (FASTEST, BEST_STATIC) else policy.name
     return play(deployment, policy, plan.schedule, seed=job.seed, guard=plan.guard, name=name)
-
-
-class _Pool:
-    """``map`` in order, in this process or in spawned ones."""
-
-    def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            # after an error or Ctrl-C the jobs that have not begun are not worth waiting for
-            self._executor.shutdown(cancel_futures=exception[0] is not None)
-
-    def map(self, work: Callable[[_J], _R], jobs: Sequence[_J]) -> Iterator[_R]:
-        return map(work, jobs) if self._executor is None else self._executor.map(work, jobs)
 
 
 @dataclass(slots=True)

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -34,6 +32,7 @@ from rlgov.agents.study_grid import Cell, NotHoldable, Scenario, day_cell, trace
 from rlgov.agents.study_result import RANDOM, TRAINED_STATIC, StudyResult, scenario_result
 from rlgov.agents.study_rules import RULES, TrainingStatics, evaluate, training_statics, tune_rule
 from rlgov.agents.tuning import Outcome
+from rlgov.agents.workers import Pool
 from rlgov.errors import ConfigError
 from rlgov.records import Configuration
 from rlgov.simulation.batch import SimulationBatch
@@ -41,7 +40,7 @@ from rlgov.simulation.physics import build_tables
 from rlgov.simulation.profile import load_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rlgov.agents.policy import Policy
@@ -85,7 +84,7 @@ def run_study(
         msg = f"traces of equal name cannot be told apart in a report: {', '.join(names)}"
         raise ConfigError(msg)
     store = _Store(settings.out, _code_digest())
-    with _Pool(settings.workers) as pool:
+    with Pool(settings.workers) as pool:
         # One cell a load: rules are tuned for the very load they are tested at.
         grid = [
             _Grid(settings, trace, slo, load)
@@ -202,29 +201,11 @@ def _cell_digest(cell: Cell) -> str:
     return sha.hexdigest()
 
 
-class _Pool:
-    """``map`` in order, in this process or in spawned ones."""
-
-    def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=exception[0] is not None)
-
-    def map(self, work: Callable[[_J], _R], jobs: Sequence[_J]) -> Iterator[_R]:
-        return map(work, jobs) if self._executor is None else self._executor.map(work, jobs)
-
-
 @dataclass(frozen=True, slots=True)
 class _Phase:
     """Jobs that do not depend on each other; each is reported when it and those before it are done."""
 
-    pool: _Pool
+    pool: Pool
     say: Callable[[str], None]
 
     def __call__(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 CLOCK, CAP, TP = range(3)
 """Axes of an action, in order."""
 
-AXIS_NAMES = ("sm_clock_mhz", "batch_cap", "tp_degree")
 
 _CONFIGURATION_COLUMNS = np.array([Column.SM_CLOCK_MHZ, Column.BATCH_CAP, Column.TP_DEGREE], dtype=np.intp)
 

@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(BIN)/python -m pip freeze --disable-pip-version-check 2>/dev/null \
 	  | grep -qE "^$$(grep '^torch==' .ci/constraints.txt | sed 's/\./\\./g')(\+|$$)" \
 	  || $(PIP) torch $(TORCH_PIP_ARGS)
-	@$(PIP) --no-build-isolation --editable '.[train,dev]'
+	@$(PIP) --no-build-isolation --editable '.[train,live,dev]'
 	@touch $@
 
 demo: $(STAMP) ## train a small policy, replay a trace against the baselines, draw the result (minutes)

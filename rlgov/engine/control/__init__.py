@@ -1,0 +1,1 @@
+"""How others steer and read a serving stack: the local control API."""

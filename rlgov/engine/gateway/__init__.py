@@ -1,0 +1,1 @@
+"""An OpenAI-compatible streaming reverse proxy that stamps every request."""

@@ -1,0 +1,1 @@
+"""Changing the TP degree without losing a request, recoverable after a crash."""

@@ -1,0 +1,1 @@
+"""GPUs: meters, clocks and events through the NVML bindings."""

@@ -1,9 +1,9 @@
 """The guard between a policy and the deployment: one object for training, replay and service.
 
-Stages, in order: garbage indices become the fastest ones; a TP degree that cannot hold the load is
-refused; dwell times and rate limits slow every move towards slower settings; a burning SLO overrides
-everything, and only upwards; a window that could not be observed means fastest, with TP left alone.
-Moves towards faster settings are never delayed (TP excepted: a switch is expensive either way).
+Stages, in order: garbage indices become the fastest ones; a TP degree that cannot hold the load, or that
+the deployment cannot give now, is refused; dwell times and rate limits slow every move towards slower
+settings; a burning SLO overrides everything, and only upwards; a window that could not be observed means
+fastest, with TP left alone. Moves towards faster settings are never delayed (TP excepted: a switch is expensive either way).
 
 The action mask tells a policy beforehand what the guard would let through, so a masked policy is
 rarely altered. Every decision leaves with a :class:`Reason`.
@@ -37,7 +37,7 @@ class Reason(IntEnum):
 
     POLICY = 0
     IDLE = 1  # as POLICY, in a window without any request
-    MASKED = 2  # an index out of range, or a TP degree too small for the load
+    MASKED = 2  # an index out of range, or a TP degree too small for the load or not to be had now
     RATE_LIMIT = 3  # the clock may fall only so fast
     DWELL = 4  # the batch cap or the TP degree moved too recently
     SWITCHING = 5  # a TP switch is in progress
@@ -300,6 +300,11 @@ class Guard:
         in_use_tokens = rows[:, Column.KV_USAGE] * self._kv_capacity_tokens[current[:, TP]]
         in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * settings.kv_headroom
         tp_feasible = self._kv_capacity_tokens >= in_use_tokens[:, None]
+        if rows[
+            :, Column.TP_REFUSED
+        ].any():
+            refused = rows[:, Column.TP_REFUSED].astype(np.int64)  # bits; a usable row holds no NaN
+            tp_feasible &= (refused[:, None] >> self._tp_rank) & 1 == 0
         if override.any():  # an override goes upwards only: no move to a smaller TP degree either
             tp_feasible &= ~override[:, None] | (self._tp_rank <= current[:, TP:])
         self._assessed = _Assessment(

@@ -228,8 +228,8 @@ _ABSURD = 1e15  # infinities come down to this before they can meet each other
 class ObservationEncoder:
     """Turns ``n`` window rows into ``n`` observations; keeps the moving averages of each.
 
-    A blind row carries nothing that may be used: its averages stay as they are and the last
-    observation of that row is repeated (zeros within bounds before the first one).
+    A blind row, or one without energy, carries nothing that may be used: its averages stay as they are and
+    the last observation of that row is repeated (zeros within bounds before the first one).
 
     Args:
         limits: What the deployment allows; normalises clock, power and TP.
@@ -296,7 +296,7 @@ class ObservationEncoder:
         if rows.shape != (self.n, len(WINDOW_FIELDS)):
             msg = f"expected rows of shape {(self.n, len(WINDOW_FIELDS))}, got {rows.shape}"
             raise ConfigError(msg)
-        blind = rows[:, Column.BLIND] != 0.0
+        blind = (rows[:, Column.BLIND] != 0.0) | np.isnan(rows[:, Column.ENERGY_J])
         some_blind = bool(blind.any())
         raw = self._raw
         np.take(rows, _GATHERED, axis=1, out=raw, mode="clip")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlgov.envs.action import CLOCK, TP
-from rlgov.errors import ConfigError
+from rlgov.errors import ConfigError, DeploymentError
 from rlgov.records import Column
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 TERM_NAMES = ("energy", "miss", "switch", "clip")
 """Terms of the reward, which add up to it."""
+
+UNMETERED = (
+    "the deployment's windows hold no energy, so there is nothing to save: its GPUs have no meter; install "
+    "the NVIDIA driver and nvidia-ml-py where it runs (rlgov doctor tells what is missing)"
+)
+"""What to do about windows without energy."""
 
 DEFAULT_MISS_WEIGHT = 5.0
 """Lambda when nothing else is said: one missed request in a hundred costs as much as 5 % energy."""
@@ -86,8 +92,13 @@ def reward(
         miss_weight: Lambda, the price of missing as many requests as arrive in a mean window.
 
     A blind window has no energy and no misses that anybody knows of: its terms are 0.
+
+    Raises:
+        DeploymentError: A window that is not blind has no energy, because nothing meters the deployment.
     """
     missing = rows[:, Column.BLIND] != 0.0
+    if (np.isnan(rows[:, Column.ENERGY_J]) & ~missing).any():
+        raise DeploymentError(UNMETERED)
     energy = rows[:, Column.ENERGY_J] / reference.energy_j_per_window
     np.negative(energy, out=energy)
     miss = np.minimum(rows[:, Column.MISSES] / reference.arrivals_per_window, settings.miss_bound)

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from rlgov.envs.guard import Guard, GuardLike, GuardSettings, NullGuard, Reason
 from rlgov.envs.observation import FEATURES, HIGH, LOW, ObservationEncoder
-from rlgov.envs.reward import DEFAULT_MISS_WEIGHT, Reference, RewardSettings, reward
+from rlgov.envs.reward import DEFAULT_MISS_WEIGHT, UNMETERED, Reference, RewardSettings, reward
 from rlgov.errors import DeploymentError
 from rlgov.journal import observation_digest
 from rlgov.records import Column, Decision
@@ -169,10 +169,16 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         seed: int | None = None,
         options: dict[str, Any] | None = None,  # noqa: ARG002  # part of Gymnasium's API; no options are known
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start a new episode; the deployment's seed is drawn from the environment's generator."""
+        """Start a new episode; the deployment's seed is drawn from the environment's generator.
+
+        Raises:
+            DeploymentError: The deployment cannot start, or has no energy meter.
+        """
         super().reset(seed=seed)
         deployment_seed = int(self.np_random.integers(_SEED_BOUND))
         window = self.deployment.start(deployment_seed)
+        if window.energy_j is None and not window.blind:
+            raise DeploymentError(UNMETERED)
         limits = self.deployment.limits
         if limits.axis_sizes != self._limits.axis_sizes:
             msg = (
@@ -272,13 +278,21 @@ def measure_reference(deployment: Deployment, seed: int, max_windows: int | None
     """What an episode costs at the fastest configuration: the reward's reference.
 
     Runs one whole episode of ``deployment`` (not a live one: that would never end without
-    ``max_windows``).
+    ``max_windows``). Blind windows are left out.
+
+    Raises:
+        DeploymentError: No window could be observed, or nothing meters the deployment's energy.
     """
     window = deployment.start(seed)
     fastest = deployment.limits.fastest
-    energy_j, arrivals, windows = 0.0, 0.0, 0
-    while not deployment.finished and (max_windows is None or windows < max_windows):
+    energy_j, arrivals, windows, steps = 0.0, 0.0, 0, 0
+    while not deployment.finished and (max_windows is None or steps < max_windows):
         window = deployment.advance(fastest)
+        steps += 1
+        if window.blind:
+            continue
+        if window.energy_j is None:
+            raise DeploymentError(UNMETERED)
         energy_j += window.energy_j
         arrivals += window.arrivals
         windows += 1

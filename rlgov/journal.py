@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-JOURNAL_SCHEMA: Final = 1
-"""Version of the journal's format; a reader refuses any other."""
+JOURNAL_SCHEMA: Final = 2
+"""Version of the journal's format; a reader refuses any other.
+
+2: windows carry ``tp_refused``, and their energy may be missing. 1: the first.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ def decode(text: str, *, where: str) -> Header | Interval | Request:
     if kind == "header" and raw.get("schema_version") != JOURNAL_SCHEMA:
         msg = (
             f"{where}: schema_version {raw.get('schema_version')!r} cannot be read, only {JOURNAL_SCHEMA}; "
-            "use the rlgov version that wrote it"
+            "record the run again, or read it with the rlgov version that wrote it"
         )
         raise JournalError(msg)
     _check_names(raw, where)

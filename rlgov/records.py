@@ -119,8 +119,10 @@ class Limits:
 class Window:
     """What happened in one control interval. Counts are of this window; states are at its end.
 
-    ``None`` means that nothing was there to measure (no first token, no finish), never a zero.
-    ``blind`` means that the deployment could not be observed: then no other field may be used.
+    ``None`` means that nothing was there to measure (no first token, no finish, no energy meter), never a
+    zero. ``blind`` means that the deployment could not be observed: then no other field may be used. Energy
+    is ``None`` outside blind windows only where there is no meter at all: such windows serve for watching,
+    not for deciding.
     """
 
     start_s: float
@@ -145,7 +147,7 @@ class Window:
     tpot_p50_s: float | None  # of requests that finished in this window
     tpot_p99_s: float | None
     itl_mean_s: float | None  # mean gap between tokens, over all tokens decoded in this window
-    energy_j: float  # all allotted GPUs, idle ones and both engines of a TP switch included
+    energy_j: float | None  # all allotted GPUs, idle ones and both engines of a TP switch included
     measured_clock_mhz: float  # time-weighted, after throttling
     throttled_fraction: float  # share of the window spent below the asked clock because of TDP
     sm_clock_mhz: float  # configuration asked for at the end of the window
@@ -154,6 +156,7 @@ class Window:
     switching: float  # 1 while a TP switch is in progress
     age_s: float  # age of the data when the window was handed over; 0 in simulation
     blind: float = 0.0  # 1 when the deployment could not be observed
+    tp_refused: float = 0.0  # bit i set: the TP degree at index i of the limits cannot be had now
 
     @property
     def configuration(self) -> Configuration:
@@ -209,6 +212,7 @@ class Column(IntEnum):
     SWITCHING = 28
     AGE_S = 29
     BLIND = 30
+    TP_REFUSED = 31
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,10 +122,17 @@ def test_a_bad_line_is_named_with_file_line_and_field(tmp_path: Path, text: str,
     assert message.replace("field interval.interval", "field interval") in str(caught.value)
 
 
-def test_another_schema_is_refused() -> None:
-    line = json.loads(LINES[0]) | {"schema_version": 99}
-    with pytest.raises(JournalError, match=r"j:1: schema_version 99 cannot be read"):
+@pytest.mark.parametrize("version", [1, 99])  # windows of schema 1 had no tp_refused
+def test_another_schema_is_refused(version: int) -> None:
+    line = json.loads(LINES[0]) | {"schema_version": version}
+    message = rf"j:1: schema_version {version} cannot be read, only 2; record the run again"
+    with pytest.raises(JournalError, match=message):
         decode_journal([json.dumps(line)], name="j")
+
+
+def test_a_window_without_a_meter_survives_the_round_trip() -> None:
+    entry = Interval(replace(WINDOW, energy_j=None, tp_refused=5.0))
+    assert decode(encode(entry), where="x:1") == entry
 
 
 @pytest.mark.parametrize(

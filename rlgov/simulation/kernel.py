@@ -187,6 +187,7 @@ _COLUMNS = tuple(int(c) for c in Column)
     C_SWITCHING,
     C_AGE,
     C_BLIND,
+    C_TP_REFUSED,
 ) = _COLUMNS
 
 
@@ -1011,6 +1012,7 @@ def _window_row(rq, en, st, fl, sm, ph, begin, row):
     row[C_SWITCHING] = st[S_SWITCHING]
     row[C_AGE] = 0.0
     row[C_BLIND] = 0.0
+    row[C_TP_REFUSED] = 0.0
 
 
 @njit(cache=True)

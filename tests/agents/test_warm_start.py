@@ -98,7 +98,7 @@ def held(trace: Trace, level: ServiceLevel, index: tuple[int, int, int]) -> tupl
     while len(windows) < SPAN_S + 60:
         windows.append(deployment.advance(configuration))
     log = deployment.request_log()
-    energy_j = sum(window.energy_j for window in windows[: int(SPAN_S)])
+    energy_j = sum(window.energy_j or 0.0 for window in windows[: int(SPAN_S)])
     return energy_j, 1.0 - float(np.mean(log.missed | np.isnan(log.finish_s)))
 
 

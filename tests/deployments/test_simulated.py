@@ -66,7 +66,7 @@ def test_what_was_not_measured_is_none_and_what_did_not_happen_is_zero() -> None
     assert [window.ttft_p50_s for window in quiet] == [None] * 4
     assert [window.itl_mean_s for window in quiet] == [None] * 4
     assert sum(window.arrivals + window.served + window.misses for window in quiet) == 0
-    assert all(window.energy_j > 0 for window in quiet)
+    assert all(window.energy_j is not None and window.energy_j > 0 for window in quiet)
 
 
 def test_order_of_use_is_enforced() -> None:

@@ -266,6 +266,19 @@ def test_idle_is_the_policys_and_blind_is_not(limits: Limits, calm: Window) -> N
     assert (applied[0].tolist(), reasons[0]) == ([0, 0, 1], Reason.BLIND)  # TP as applied last
 
 
+@given(st.integers(0, 7), st.integers(0, 2), st.integers(0, 2))
+def test_a_refused_tp_degree_is_masked_unless_it_is_in_force(
+    limits: Limits, calm: Window, bits: int, in_force: int, wanted: int
+) -> None:
+    rows = rows_at(calm, limits, (0, 0, in_force), tp_refused=float(bits))
+    guard = Guard(GuardSettings(), limits, 1)
+    allowed = [not bits >> tp & 1 or tp == in_force for tp in range(3)]
+    assert guard.mask(rows)[0, guard.table.offsets[TP] :].tolist() == allowed
+    applied, reasons = guard.apply(asked(0, 0, wanted), rows)
+    assert applied[0, TP] == (wanted if allowed[wanted] else in_force)
+    assert reasons[0] == (Reason.POLICY if allowed[wanted] else Reason.MASKED)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 @pytest.mark.parametrize("name", ["waiting", "oldest_wait_s", "kv_usage", "sm_clock_mhz", "energy_j"])
 def test_an_unusable_number_counts_as_blind(limits: Limits, calm: Window, name: str, value: float) -> None:

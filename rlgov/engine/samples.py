@@ -124,6 +124,8 @@ class StackState:
     engines: tuple[EngineInfo, ...]
     last_switch: dict[str, float | str] = field(default_factory=dict)
     """from, to, strategy, outcome, total_s, held_s of the last TP switch."""
+    conditions: dict[str, str] = field(default_factory=dict)
+    """What is wrong now, by name (EngineHung, EngineDown, ...), with what to do about it."""
 
 
 @dataclass(frozen=True, slots=True)

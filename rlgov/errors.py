@@ -37,3 +37,7 @@ class EngineError(DeploymentError):
 
 class HardwareError(RlgovError):
     """A GPU cannot be read or set; the message says what the driver answered and what to do."""
+
+
+class TelemetryError(DeploymentError):
+    """A measurement cannot be read: a metrics page that is damaged, foreign or cannot be reached."""

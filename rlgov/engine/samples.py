@@ -80,7 +80,7 @@ class EngineSample:
     prompt_tokens: float  # of requests: as they arrive (plugin) or as they are prefilled (metrics)
     prefill_tokens: float  # prompt tokens computed, recomputation after preemption included
     preemptions: float
-    finished: float
+    finished: float  # with every token
     arrived: float | None = None
     token_gaps: float | None = None  # gaps between consecutive tokens of a request ...
     token_gap_s: float | None = None  # ... and their sum
@@ -91,6 +91,7 @@ class EngineSample:
     batch_cap: int | None = None  # gauge: admission cap in force
     kv_capacity_tokens: int | None = None
     max_num_seqs: int | None = None
+    failed: float | None = None  # ended by an error or an abort, or refused at admission; not in `finished`
     histograms: dict[str, Histogram] = field(default_factory=dict)
     """By :mod:`rlgov.engine.telemetry` name: ttft_s, tpot_s, e2e_s, queue_s, token_gap_s."""
 

@@ -132,7 +132,7 @@ def snap_clock(asked_mhz: int, supported_mhz: tuple[int, ...]) -> int:
     if at == 0:
         nearest = ", ".join(str(clock) for clock in ascending[:3]) or "none"
         raise HardwareError(
-            f"no GPU of this group has an SM clock at or below {asked_mhz} MHz; the nearest are {nearest} MHz: "
+            f"these GPUs have no SM clock at or below {asked_mhz} MHz; the nearest are {nearest} MHz: "
             "ask for one of them"
         )
     return ascending[at - 1]
@@ -188,7 +188,8 @@ class GroupClocks:
     ) -> None:
         if not uuids or not supported_mhz:
             raise HardwareError(
-                f"cannot control clocks: GPUs {uuids}, common SM clocks {supported_mhz}; name GPUs of one kind"
+                f"cannot control clocks of GPUs {uuids} with common SM clocks {supported_mhz}: "
+                "name GPUs of one kind"
             )
         if restore_clock_mhz is not None and restore_clock_mhz not in supported_mhz:
             raise HardwareError(
@@ -283,7 +284,7 @@ class GroupClocks:
         atexit.unregister(self._restore_at_exit)
 
     def check(self) -> ClockCheck:
-        """Compare the clocks measured now with the lock; does not wait, and a GPU that fails is unverified."""
+        """Compare the clocks measured now with the lock; does not wait. An unreadable GPU is unverified."""
         asked_mhz = self._locked_mhz
         if asked_mhz is None:
             return ClockCheck(None, ())
@@ -291,7 +292,7 @@ class GroupClocks:
         return ClockCheck(asked_mhz, gpus, self._clock.monotonic_s() - self._locked_at_s)
 
     def settle(self, timeout_s: float) -> ClockCheck:
-        """Check until no GPU contradicts the lock or ``timeout_s`` is over; ``since_lock_s`` is what it took."""
+        """Check until no GPU contradicts the lock, at most ``timeout_s``; ``since_lock_s`` tells how long."""
         deadline_s = self._clock.monotonic_s() + timeout_s
         while not (check := self.check()).verified and self._clock.monotonic_s() < deadline_s:
             self._clock.sleep_s(_POLL_S)

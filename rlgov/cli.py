@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "RLGOV_"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "study", "export"})
+COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "study", "export", "load"})
 TRAIN_MODULES = frozenset(
     {
         "gymnasium",
@@ -52,6 +52,7 @@ _COMMANDS = (
     ("tune", "tune:tune", "Fit the knobs of a control rule on a trace's training span."),
     ("study", "study:study", "Set learned policies against every static setting and every tuned rule."),
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
+    ("load", "load:load", "Send a trace's requests to a running server, and measure its latencies."),
 )
 _TRACE_COMMANDS = (
     ("show", "trace:show", "Summarise and plot a trace."),

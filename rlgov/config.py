@@ -25,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -173,6 +174,67 @@ class ExportSettings(Settings):
     """File to write; ``policy.safetensors`` in the run folder if not given."""
     model: Literal["best", "last"] = "best"
     """The best evaluated model, or the newest checkpoint."""
+
+
+class LoadSettings(Settings):
+    """A trace's requests sent to an OpenAI-compatible server, at their times and with their token counts."""
+
+    url: str
+    """Address of the server, such as ``http://127.0.0.1:8000``; a trailing ``/v1`` may be there or not."""
+    trace: str = DEFAULT_TRACE
+    """Trace file, or ``synthetic:NAME`` for generated traffic (conversation, code, day)."""
+    out: Path = Path("runs/load")
+    """Folder for requests.csv and load.json; those of an earlier run in it are replaced."""
+    from_s: NonNegativeFloat = 0.0
+    """Where the slice to send starts, in seconds of the trace's own time."""
+    to_s: PositiveFloat | None = None
+    """Where the slice ends; the end of the trace if not given."""
+    rate_scale: PositiveFloat = 1.0
+    """Requests are sent this much faster than recorded."""
+    duration_s: PositiveFloat | None = None
+    """Stop sending after so many seconds; requests under way are waited for."""
+    concurrency: PositiveInt | None = None
+    """Closed loop: keep so many requests under way, whatever their recorded times. Goes through the
+    slice once or, with ``duration_s``, again and again until then."""
+    seed: NonNegativeInt = 0
+    """Fixes generated traffic and the prompts."""
+    api: Literal["completions", "chat"] = "completions"
+    """``completions`` sends token ids, so prompt lengths are exact; ``chat`` sends words, so they are not."""
+    model: str | None = None
+    """Name of the model; the first one the server lists if not given."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's API key; none is sent if not given."""
+    vocabulary: Annotated[int, Field(ge=64)] = 30_000
+    """Prompts are drawn from token ids 16 up to this; not above the model's vocabulary size."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Trim requests whose prompt and output are longer together; how many is reported."""
+    timeout_s: PositiveFloat = 600.0
+    """A request that takes longer is given up and counted."""
+    max_outstanding: PositiveInt = 20_000
+    """Safety: a request that falls due while so many are under way is not sent, and counted as an error."""
+    slo_ttft_s: PositiveFloat = 1.0
+    """Limit of the time to the first token, for the goodput."""
+    slo_tpot_s: PositiveFloat = 0.075
+    """Limit of the time per further token, for the goodput."""
+    cross_check: bool = False
+    """Afterwards send the same requests with ``vllm bench serve``, and set both results side by side."""
+    vllm_program: str = "vllm"
+    """The vllm program, for the cross-check."""
+    tokenizer: str | None = None
+    """Tokenizer of the model, for the cross-check; the model's own name if not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.to_s is not None and self.to_s <= self.from_s:
+            msg = f"to_s {self.to_s:g} does not lie after from_s {self.from_s:g}; give a later end"
+            raise ValueError(msg)
+        if not self.url.startswith(("http://", "https://")):
+            msg = f"url {self.url!r} is no address of a server; give one such as http://127.0.0.1:8000"
+            raise ValueError(msg)
+        if self.cross_check and (self.concurrency is not None or self.api == "chat"):
+            msg = "cross_check compares replays of a trace by token ids; leave concurrency and chat out"
+            raise ValueError(msg)
+        return self
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 def sections() -> dict[str, type[BaseModel]]:
     """The record of settings of each section, in the order people meet them."""
     from rlgov.agents.train_config import TrainConfig
-    from rlgov.config import DemoSettings, ExportSettings, ReplaySettings, StudySettings, TuneSettings
+    from rlgov.config import (
+        DemoSettings,
+        ExportSettings,
+        LoadSettings,
+        ReplaySettings,
+        StudySettings,
+        TuneSettings,
+    )
 
     return {
         "demo": DemoSettings,
@@ -20,4 +27,5 @@ def sections() -> dict[str, type[BaseModel]]:
         "tune": TuneSettings,
         "study": StudySettings,
         "export": ExportSettings,
+        "load": LoadSettings,
     }

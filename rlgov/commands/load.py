@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from rlgov.workload.load_result import LoadResult, Quantiles
+    from rlgov.workload.trace import Trace
+    from rlgov.workload.vllm_bench import CrossCheck
 
 EXIT_NOT_COMPLETE = 1
 EXIT_INTERRUPTED = 130
@@ -39,15 +42,31 @@ def load(*, settings: Annotated[LoadSettings, Parameter(name="*")], json: Json =
         result = run_load_blocking(trace, settings, clock, progress=progress)
     files = result.write(settings.out)
     record = result.to_json()
+    if not json:
+        _report(result)
+    if settings.cross_check and not result.interrupted:
+        checked = _cross_check(trace, settings, result)
+        record["cross_check"] = checked.to_json()
+        files["cross_check"] = settings.out / "cross_check.json"
+        text = json_format.dumps(checked.to_json(), indent=2) + "\n"
+        files["cross_check"].write_text(text, encoding="utf-8")
+        if not json:
+            console().print(_side_by_side(checked))
     if json:
         put_json(record)
     else:
-        _report(result)
-        for path in files.values():
-            sys.stdout.write(f"{path}\n")
+        sys.stdout.writelines(f"{path}\n" for path in files.values())
     if result.interrupted:
         return EXIT_INTERRUPTED
     return 0 if result.all_complete else EXIT_NOT_COMPLETE
+
+
+def _cross_check(trace: Trace, settings: LoadSettings, result: LoadResult) -> CrossCheck:
+    from rlgov.workload.load_plan import build_plan
+    from rlgov.workload.vllm_bench import cross_check, run_bench
+
+    sys.stderr.write("the same again with vllm bench serve ...\n")
+    return cross_check(result, run_bench(build_plan(trace, settings), settings, result.model))
 
 
 def _report(result: LoadResult) -> None:
@@ -89,6 +108,36 @@ def _latencies(result: LoadResult) -> Table:
         ("connecting", summary.connect_s),
     ):
         table.add_row(name, f"{quantiles.count:,}", *_milliseconds(quantiles))
+    return table
+
+
+def _side_by_side(checked: CrossCheck) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, title="from the real send, in milliseconds", title_justify="left")
+    table.add_column("")
+    for heading in (
+        "requests",
+        "exact",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "TPOT p50",
+        "p90",
+        "p99",
+        "late p50",
+        "max",
+    ):
+        table.add_column(heading, justify="right")
+    for name, result in (("rlgov load", checked.load), ("vllm bench serve", checked.bench)):
+        values = [
+            value
+            for quantiles in (result.ttft_s, result.tpot_s)
+            for value in (quantiles.p50, quantiles.p90, quantiles.p99)
+        ]
+        values += [result.lateness_s.p50, result.lateness_s.max]
+        cells = ["-" if value is None else f"{1000 * value:,.2f}" for value in values]
+        table.add_row(name, f"{result.requests:,}", f"{result.exact:,}", *cells)
     return table
 
 

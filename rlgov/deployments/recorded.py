@@ -104,6 +104,11 @@ class RecordedDeployment:
         self._noted: tuple[Decision, str] | None = None
 
     @property
+    def inner(self) -> Deployment:
+        """The recorded deployment."""
+        return self._deployment
+
+    @property
     def limits(self) -> Limits:
         """Limits of the recorded deployment."""
         return self._deployment.limits

@@ -200,7 +200,6 @@ class NvmlStub:
         """The GPUs, by number."""
         return tuple(self.gpu(number).uuid_bytes.decode() for number in range(self.state.gpu_count))
 
-    @property
     def locks_mhz(self) -> tuple[int | None, ...]:
         """The clock each GPU is locked at; None: not locked."""
         return tuple(self.gpu(number).locked_high_mhz or None for number in range(self.state.gpu_count))

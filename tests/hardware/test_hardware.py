@@ -66,7 +66,7 @@ def test_a_process_finds_the_driver_reads_locks_and_restores(nvml_stub: NvmlStub
     assert told["energy_j"] >= 0
     assert all(100 < power < 700 for power in told["power_w"])
     assert told["note"] == ""
-    assert nvml_stub.locks_mhz == (None,) * 4
+    assert nvml_stub.locks_mhz() == (None,) * 4
     assert nvml_stub.writes == tuple((gpu, mhz) for mhz in (1485, None) for gpu in range(4))
     assert nvml_stub.state.sessions == 0
     assert nvml_stub.state.open_event_sets == 0
@@ -88,7 +88,7 @@ def test_an_old_driver_without_some_functions_is_read_as_far_as_it_goes(
     assert told["verified"]
     assert all(power > 100 for power in told["power_w"])  # from the averaged reading
     assert "nvmlEventSetCreate" in told["note"]
-    assert stub.locks_mhz == (None, None)
+    assert stub.locks_mhz() == (None, None)
 
 
 def test_without_a_driver_there_are_stand_ins_with_the_reason(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_only_the_named_gpus_are_touched_whatever_their_index(stub: NvmlStub, cl
     with open_hardware(wanted, clock) as hardware:
         stub.shuffle([1, 2, 3, 0])
         hardware.clocks.lock(1200)
-        assert stub.locks_mhz == (None, 1200, 1200, None)
+        assert stub.locks_mhz() == (None, 1200, 1200, None)
         assert [gpu.uuid for gpu in hardware.meter.read().gpus] == list(wanted)
 
 

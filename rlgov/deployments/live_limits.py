@@ -89,8 +89,9 @@ def live_limits(profile: Limits, stack: StackLimits, supported_mhz: tuple[int, .
 
 
 def refused_bits(limits: Limits, refused: Iterable[int]) -> float:
-    """The ``tp_refused`` field of a window: bit i for the TP degree at index i of the limits."""
-    return float(sum(1 << i for i, tp in enumerate(limits.tp_degrees) if tp in set(refused)))
+    """``Window.tp_refused``: bit i is set when the TP degree at index i of the limits cannot be had now."""
+    degrees = set(refused)
+    return float(sum(1 << i for i, tp in enumerate(limits.tp_degrees) if tp in degrees))
 
 
 def _check_clocks(profile: Limits, supported_mhz: tuple[int, ...]) -> None:

@@ -47,12 +47,19 @@ class StreamScan:
         else:
             self.events += data.count(END_OF_EVENT)
         if self._head is not None:
-            self._head += data
-            if self.events or len(self._head) > HEAD_LIMIT_BYTES:
-                first = _event(self._head.lstrip().partition(END_OF_EVENT)[0])
-                self.first_is_token = isinstance(first, dict) and _carries_token(first)
-                self._head = None
+            self._look_at_head(self._head + data)
         self._tail = data[-TAIL_BYTES:] if len(data) >= TAIL_BYTES else (self._tail + data)[-TAIL_BYTES:]
+
+    def _look_at_head(self, head: bytes) -> None:
+        self._head = None
+        while END_OF_EVENT in head:
+            event, _, head = head.partition(END_OF_EVENT)
+            if b"data:" in event:  # anything else is a comment, sent to keep the connection open
+                first = _event(event.strip())
+                self.first_is_token = isinstance(first, dict) and _carries_token(first)
+                return
+        if len(head) <= HEAD_LIMIT_BYTES:
+            self._head = head
 
     def end(self) -> StreamEnd:
         """Parse the last events. The stream is over, or will not go on."""

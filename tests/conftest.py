@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,17 +32,27 @@ def shared_dir() -> Path:
     return shared
 
 
-@pytest.fixture(scope="session")
-def nvml_fake() -> ModuleType:
-    """The module tests/fakes/nvml.py."""
-    spec = importlib.util.spec_from_file_location(
-        "rlgov_fake_nvml", REPOSITORY / "tests" / "fakes" / "nvml.py"
-    )
+def _load_fake(name: str) -> ModuleType:
+    known = f"rlgov_fake_{name}"
+    spec = importlib.util.spec_from_file_location(known, REPOSITORY / "tests" / "fakes" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[known] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake_stack() -> ModuleType:
+    """The module tests/fakes/stack.py: a serving stack with its GPUs, in virtual time."""
+    return _load_fake("stack")
+
+
+@pytest.fixture(scope="session")
+def nvml_fake() -> ModuleType:
+    """The module tests/fakes/nvml.py."""
+    return _load_fake("nvml")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlgov.journal import Request
     from rlgov.records import Limits, Window
 
-_ATTEMPTS = 3  # of each closing step, against an impatient Ctrl-C
+_ATTEMPTS = 3  # of each closing step: against a hiccup of the driver, and an impatient Ctrl-C
 
 
 class Stack(Protocol):
@@ -296,29 +296,31 @@ class LiveDeployment:
     def close(self) -> None:
         """Give everything back; safe to call twice.
 
-        An interruption (Ctrl-C) does not keep any part from being given back; it is raised again afterwards.
+        Each part is tried several times, and no failure or interruption (Ctrl-C) of one keeps another from
+        being given back; they are raised afterwards. What failed is tried again by the next call.
 
         Raises:
             HardwareError: The clocks could not be restored; the message says what to do by hand.
         """
+        self._started = False
         interruption: BaseException | None = None
         failure: RlgovError | None = None
         for step in tuple(self._to_close):
+            failed: RlgovError | None = None
             for _ in range(_ATTEMPTS):
                 try:
                     step()
                 except RlgovError as error:
-                    failure = failure or error
-                    self._to_close.remove(step)
+                    failed = error
                 except BaseException as error:  # noqa: BLE001  # the rest must be given back first
                     interruption = interruption or error
-                    continue
                 else:
                     self._to_close.remove(step)
-                break
+                    failed = None
+                    break
+            failure = failure or failed
         if not self._to_close:
             atexit.unregister(self.close)
-        self._started = False
         if interruption is not None:
             raise interruption
         if failure is not None:

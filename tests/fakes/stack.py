@@ -250,31 +250,31 @@ class World:
 
 
 class FakeStack:
-    """The client of a stack, as :class:`rlgov.engine.control.client.StackClient`."""
+    """The client of a stack, as :class:`rlgov.engine.control.client.StackClient`; usable after a close, too."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.closed = 0
 
     def limits(self) -> StackLimits:
-        self._enter("limits")
+        self.world.enter("limits")
         return StackLimits(
             "Qwen/Qwen3-32B", CAPS, TP_DEGREES, UUIDS, len(UUIDS), 8192, (400_000, 180_000, 60_000),
             (SWITCH_S,) * 3, "side-by-side",
         )  # fmt: skip
 
     def state(self) -> StackState:
-        self._enter("state")
+        self.world.enter("state")
         return self.world.state()
 
     def interval(self, after: int) -> StackInterval:
-        self._enter("interval")
+        self.world.enter("interval")
         return StackInterval(self.world.state(), self.world.traffic(after), (self.world.sample(),))
 
     def configure(
         self, *, batch_cap: int | None = None, tp_degree: int | None = None, lease_s: float | None = None
     ) -> StackState:
-        self._enter("configure")
+        self.world.enter("configure")
         world = self.world
         if batch_cap is not None:
             world.batch_cap = batch_cap
@@ -291,11 +291,6 @@ class FakeStack:
     def close(self) -> None:
         self.world.enter("close")
         self.closed += 1
-
-    def _enter(self, name: str) -> None:
-        if self.closed:
-            raise EngineError("the client is closed")
-        self.world.enter(name)
 
 
 class FakeMeter:
@@ -356,3 +351,15 @@ class FakeClocks:
             asked_mhz,
             tuple(GpuCheck(uuid, state.sm_clock_mhz, state.throttle_reasons, verdict) for uuid in UUIDS),
         )
+
+
+class FakeGpus:
+    """Meter and clocks of the world's GPUs, as :class:`rlgov.hardware.hardware.Hardware`."""
+
+    def __init__(self, world: World, *, metered: bool = True) -> None:
+        self.meter = FakeMeter(world, present=metered)
+        self.clocks = FakeClocks(world)
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1

@@ -13,20 +13,22 @@ that is not blind, whose rates are then too high rather than too low. Energy sta
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from rlgov.deployments.blind import blind_window
 from rlgov.deployments.metering import Metered, metered_between
 from rlgov.deployments.tally import Counts, Pending, RequestTally, quantile_s
 from rlgov.engine.telemetry.deltas import EngineDelta, difference
 from rlgov.engine.telemetry.page import is_of_engine
 from rlgov.errors import DeploymentError
-from rlgov.records import ServiceLevel, Window
+from rlgov.records import ServiceLevel
 
 if TYPE_CHECKING:
     from rlgov.engine.samples import EngineInfo, EngineSample, StackInterval, StackState
     from rlgov.hardware.meter import MeterReading
     from rlgov.journal import Request
-    from rlgov.records import Configuration, Limits
+    from rlgov.records import Configuration, Limits, Window
 
 ACTIVE: Final = "active"
 _WORKING: Final = frozenset({ACTIVE, "draining"})  # phases in which an engine holds requests
@@ -118,10 +120,11 @@ class MeasuredWindows:
         if not trouble and reading.gpus and metered.energy_j is None:
             trouble = "the meter gave no energy for this interval"
         self._blind_because = trouble
-        handed_s = self._end_s if handed_s is None else handed_s
         if trouble:
-            return self._blind(begin_s, metered, configuration, handed_s)
-        return self._seen(begin_s, metered, configuration, handed_s, interval, engines)
+            self._tally.forget_latencies()
+        handed_s = self._end_s if handed_s is None else handed_s
+        window = self._blind(begin_s, metered, configuration, handed_s)
+        return window if trouble else self._seen(window, interval, engines, handed_s)
 
     def unread(
         self, at_s: float, reading: MeterReading, configuration: Configuration, *, why: str = ""
@@ -220,61 +223,28 @@ class MeasuredWindows:
     # ------------------------------------------------------------------ windows
 
     def _blind(self, begin_s: float, metered: Metered, asked: Configuration, handed_s: float) -> Window:
-        """Nothing is known: zeros that nobody may use, and the energy if it is there."""
-        self._tally.forget_latencies()
-        state = self._last().state
-        return Window(
-            start_s=begin_s - self._origin_s,
-            duration_s=self._end_s - begin_s,
-            arrivals=0.0,
-            prompt_tokens=0.0,
-            output_tokens=0.0,
-            prefill_tokens=0.0,
-            served=0.0,
-            misses=0.0,
-            overdue=0.0,
-            preemptions=0.0,
-            running=0.0,
-            waiting=0.0,
-            waiting_tokens=0.0,
-            oldest_wait_s=0.0,
-            running_mean=0.0,
-            busy_fraction=0.0,
-            kv_usage=0.0,
-            ttft_p50_s=None,
-            ttft_p99_s=None,
-            tpot_p50_s=None,
-            tpot_p99_s=None,
-            itl_mean_s=None,
-            energy_j=metered.energy_j,
-            measured_clock_mhz=_clock_mhz(metered, asked),
-            throttled_fraction=metered.throttled_fraction,
-            sm_clock_mhz=float(asked.sm_clock_mhz),
-            batch_cap=float(asked.batch_cap),
-            tp_degree=float(state.tp_degree),
-            switching=float(state.switching),
-            age_s=max(handed_s - self._last().traffic.now_s, 0.0),
-            blind=1.0,
+        last = self._last()
+        return replace(
+            blind_window(
+                begin_s - self._origin_s,
+                self._end_s - begin_s,
+                metered,
+                asked,
+                age_s=max(handed_s - last.traffic.now_s, 0.0),
+            ),
+            tp_degree=float(last.state.tp_degree),
+            switching=float(last.state.switching),
         )
 
-    def _seen(
-        self,
-        begin_s: float,
-        metered: Metered,
-        asked: Configuration,
-        handed_s: float,
-        interval: StackInterval,
-        engines: _Engines,
-    ) -> Window:
+    def _seen(self, blind: Window, interval: StackInterval, engines: _Engines, handed_s: float) -> Window:
         counts = self._tally.take_counts()
+        pending = self._pending
         deltas = engines.deltas
         gaps = sum(delta.token_gaps or 0.0 for delta in deltas)
         gap_s = sum(delta.token_gap_s or 0.0 for delta in deltas)
-        pending = self._pending
         oldest_s = min([interval.traffic.now_s, *(sample.at_s for sample in engines.samples)])
-        return Window(
-            start_s=begin_s - self._origin_s,
-            duration_s=self._end_s - begin_s,
+        return replace(
+            blind,
             arrivals=float(counts.arrivals),
             prompt_tokens=self._prompt_tokens(counts, deltas),
             output_tokens=float(sum(delta.generated_tokens for delta in deltas)),
@@ -296,13 +266,6 @@ class MeasuredWindows:
             tpot_p50_s=quantile_s(counts.tpot_ps, 0.5),
             tpot_p99_s=quantile_s(counts.tpot_ps, 0.99),
             itl_mean_s=gap_s / gaps if gaps > 0 else None,
-            energy_j=metered.energy_j,
-            measured_clock_mhz=_clock_mhz(metered, asked),
-            throttled_fraction=metered.throttled_fraction,
-            sm_clock_mhz=float(asked.sm_clock_mhz),
-            batch_cap=float(asked.batch_cap),
-            tp_degree=float(interval.state.tp_degree),
-            switching=float(interval.state.switching),
             age_s=max(handed_s - oldest_s, 0.0),
             blind=0.0,
         )
@@ -328,11 +291,6 @@ def _switch_explains(before: StackState, after: StackState) -> bool:
         or before.tp_degree != after.tp_degree
         or before.last_switch != after.last_switch
     )
-
-
-def _clock_mhz(metered: Metered, asked: Configuration) -> float:
-    """What was measured; the asked clock where nothing measures it, which then hides no difference."""
-    return float(asked.sm_clock_mhz) if metered.sm_clock_mhz is None else metered.sm_clock_mhz
 
 
 def _waiting_tokens(pending: Pending, engines: _Engines) -> float:

@@ -67,13 +67,13 @@ def test_help_and_settings_import_nothing_heavy(arguments: list[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     told = capsys.readouterr().out
-    commands = ("demo", "train", "replay", "tune", "study", "export", "trace", "profile", "config")
+    commands = ("demo", "train", "replay", "tune", "study", "export", "load", "trace", "profile", "config")
     for command in (*commands, "--config"):
         assert command in told
 
 
 def test_every_command_can_be_imported_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [["demo"], ["train"], ["replay"], ["tune"], ["study"], ["export"]]
+    commands = [["demo"], ["train"], ["replay"], ["tune"], ["study"], ["export"], ["load"]]
     commands += [["trace", name] for name in ("show", "fetch", "synth")]
     commands += [["profile", name] for name in ("list", "show")]
     commands += [["config", name] for name in ("show", "schema")]

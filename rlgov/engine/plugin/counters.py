@@ -47,7 +47,7 @@ class Step:
         self.running = 0
         self.waiting = 0
         self.kv_usage = 0.0
-        self.completing: list[str] = []  # their prompt is complete with this iteration
+        self.completing: list[str] = []  # their prompt is complete with it, so they get a token
 
 
 class Counters:
@@ -62,18 +62,19 @@ class Counters:
         "_between",
         "_end_s",
         "_pending",
-        "_prefilling",
         "_ring",
         "_running",
         "_since_s",
         "arrived",
         "busy_s",
-        "finished",
+        "ended",
+        "failed",
         "generated",
         "iterations",
         "own_s",
         "preemptions",
         "prefill",
+        "prefilling",
         "prompt",
         "running_s",
         "token_gap_s",
@@ -86,25 +87,21 @@ class Counters:
         self.prefill = 0
         self.generated = 0
         self.preemptions = 0
-        self.finished = 0
+        self.ended = 0  # in whichever way ...
+        self.failed = 0  # ... and of these by an abort or an error
         self.iterations = 0
         self.token_gaps = 0
         self.token_gap_s = 0.0
         self.busy_s = 0.0
         self.running_s = 0.0
         self.own_s = 0.0  # spent in this accounting itself
-        self._prefilling: set[str] = set()  # running, with prompt tokens left to compute
+        self.prefilling: set[str] = set()  # running, with prompt tokens left to compute
         self._between: set[str] = set()  # had a token, and another is to come
         self._pending: deque[Step] = deque()
         self._ring: deque[tuple[float, ...]] = deque(maxlen=kept)
         self._running = 0
         self._since_s = now_s
         self._end_s = now_s
-
-    @property
-    def prefilling(self) -> Collection[str]:
-        """Running requests whose prompt is not computed yet."""
-        return self._prefilling
 
     def arrive(self, prompt_tokens: int) -> None:
         """A request was accepted."""
@@ -114,16 +111,16 @@ class Counters:
     def leave(self, finished: Collection[str], preempted: Collection[str] | None) -> None:
         """Requests finished or were preempted since the last iteration was scheduled."""
         if finished:
-            self.finished += len(finished)
-            self._prefilling.difference_update(finished)
+            self.ended += len(finished)
+            self.prefilling.difference_update(finished)
             self._between.difference_update(finished)
         if preempted:
             self.preemptions += len(preempted)
-            self._prefilling.difference_update(preempted)
+            self.prefilling.difference_update(preempted)
 
     def enter(self, admitted: Iterable[str]) -> None:
         """Requests were admitted, for the first time or again after a preemption."""
-        self._prefilling.update(admitted)
+        self.prefilling.update(admitted)
 
     def hold(self, at_s: float, running: int) -> None:
         """From ``at_s`` on so many requests are running."""
@@ -131,21 +128,18 @@ class Counters:
         self._since_s = at_s
         self._running = running
 
-    def begin(self, step: Step, scheduled: dict[str, int], total: int, ended: Iterable[str]) -> None:
+    def begin(self, step: Step, total: int, prefill: int, completing: list[str]) -> None:
         """An iteration was scheduled.
 
         Args:
             step: When it began, and what it holds; completed here.
-            scheduled: Tokens to compute by request.
-            total: Their sum.
-            ended: Those among the requests being prefilled whose prompt this iteration completes.
+            total: Tokens it computes.
+            prefill: How many of these belong to requests in `prefilling`.
+            completing: Requests in `prefilling` whose prompt is complete with it.
         """
-        prefill = 0
-        if self._prefilling:
-            for request in self._prefilling:
-                prefill += scheduled.get(request, 0)
-            step.completing = list(ended)
-            self._prefilling.difference_update(step.completing)
+        if completing:
+            self.prefilling.difference_update(completing)
+        step.completing = completing
         step.prefill = prefill
         step.decode = total - prefill
         self._pending.append(step)
@@ -235,11 +229,11 @@ def sample_of(counters: Counters, now_s: float, gauges: dict[str, Any]) -> dict[
         counters: What was counted.
         now_s: Monotonic time.
         gauges: The fields that are read, not counted: engine_id, running, waiting, kv_usage,
-            waiting_tokens, batch_cap, kv_capacity_tokens, max_num_seqs, and finished_now: requests that
-            finished since the last iteration was scheduled.
+            waiting_tokens, batch_cap, kv_capacity_tokens, max_num_seqs, and ended_now: requests that
+            ended since the last iteration was scheduled.
     """
     known = dict(gauges)
-    finished_now = known.pop("finished_now")
+    ended_now = known.pop("ended_now")
     return asdict(
         EngineSample(
             at_s=now_s,
@@ -248,7 +242,8 @@ def sample_of(counters: Counters, now_s: float, gauges: dict[str, Any]) -> dict[
             prompt_tokens=counters.prompt,
             prefill_tokens=counters.prefill,
             preemptions=counters.preemptions,
-            finished=counters.finished + finished_now,
+            finished=counters.ended + ended_now - counters.failed,
+            failed=counters.failed,
             arrived=counters.arrived,
             token_gaps=counters.token_gaps,
             token_gap_s=counters.token_gap_s,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
         def schedule(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102  # vLLM's own
         def update_from_output(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102  # vLLM's own
+        def finish_requests(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102  # vLLM's own
         def add_request(self, request: Any) -> None: ...  # noqa: D102  # vLLM's own
         def get_request_counts(self) -> tuple[int, int]: ...  # noqa: D102  # vLLM's own
         def get_kv_cache_usage(self) -> float: ...  # noqa: D102  # vLLM's own
@@ -132,6 +133,13 @@ class Governed(Stock):
         if self.rlgov_counting and len(self.requests) > known:  # else more input for a request under way
             self.rlgov_counters.arrive(request.num_prompt_tokens)
 
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """End requests that are not done: aborted by their client, or failed."""
+        ended = super().finish_requests(*args, **kwargs)
+        if self.rlgov_counting:
+            self.rlgov_counters.failed += len(ended)
+        return ended
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Choose what the next iteration computes."""
         begin_s = now_s()
@@ -189,7 +197,7 @@ class Governed(Stock):
                 "batch_cap": int(self.max_num_active_reqs) if self.rlgov_report.cap else None,
                 "kv_capacity_tokens": self._rlgov_kv_capacity(),
                 "max_num_seqs": int(self.scheduler_config.max_num_seqs),
-                "finished_now": len(self.finished_req_ids),
+                "ended_now": len(self.finished_req_ids),
             },
         )
 
@@ -220,11 +228,16 @@ class Governed(Stock):
         step.running, step.waiting = running, waiting
         step.context = context + total
         step.kv_usage = self.get_kv_cache_usage()
-        scheduled, requests = output.num_scheduled_tokens, self.requests
-        ended = [
-            name for name in counters.prefilling if name in scheduled and not requests[name].is_prefill_chunk
-        ]
-        counters.begin(step, scheduled, total, ended)
+        prefill, completing = 0, []
+        if counters.prefilling:
+            scheduled, requests = output.num_scheduled_tokens, self.requests
+            for name in counters.prefilling:
+                tokens = scheduled.get(name)
+                if tokens is not None:
+                    prefill += tokens
+                    if not requests[name].is_prefill_chunk:
+                        completing.append(name)
+        counters.begin(step, total, prefill, completing)
 
     def _rlgov_drop_aborted(self) -> None:
         """A request aborted during the iteration gets no first token from it."""

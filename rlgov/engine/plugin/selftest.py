@@ -23,6 +23,7 @@ SCHEDULER_METHODS = (
     "schedule",
     "update_from_output",
     "add_request",
+    "finish_requests",
     "get_request_counts",
     "get_kv_cache_usage",
 )

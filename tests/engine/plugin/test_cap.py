@@ -60,7 +60,7 @@ def test_none_restores_the_maximum_and_needs_no_lease() -> None:
 def test_nonsense_is_refused_and_changes_nothing(batch_cap: int, lease_s: float | None) -> None:
     cap = Cap(32)
     cap.ask(8, 5.0, 0.0)
-    with pytest.raises(ValueError, match="batch_cap|lease_s"):
+    with pytest.raises(ValueError, match=r"batch_cap|lease_s"):
         cap.ask(batch_cap, lease_s, 1.0)
     assert cap.in_force(4.9) == 8
     assert cap.in_force(5.0) == 32

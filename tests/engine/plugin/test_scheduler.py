@@ -86,6 +86,7 @@ class StockScheduler:
         self.prefilled = 0
         self.preempted = 0
         self.finished = 0
+        self.aborted = 0
         self.intervals: list[tuple[float, float]] = []
         self.presence: list[tuple[float, int]] = [(clock.monotonic_s(), 0)]
 
@@ -100,10 +101,13 @@ class StockScheduler:
     def get_kv_cache_usage(self) -> float:
         return min(1.0, sum(request.num_computed_tokens for request in self.running) / 1600)
 
-    def abort(self, request_id: str) -> None:
+    def finish_requests(self, request_id: str, _: object) -> list[StockRequest]:
         request = self.requests[request_id]
         (self.running if request in self.running else self.waiting).remove(request)
-        self._finish(request)
+        del self.requests[request_id]
+        self.finished_req_ids.add(request_id)
+        self.aborted += 1
+        return [request]
 
     def schedule(self, throttle_prefills: bool = False) -> Output:  # noqa: FBT001, FBT002, ARG002  # vLLM's interface
         begin_s, budget = self.clock.monotonic_s(), self.budget
@@ -162,17 +166,14 @@ class StockScheduler:
                 outputs.append(SimpleNamespace(new_token_ids=[7]))
                 if len(request.token_times_s) == request.wanted:
                     self.running.remove(request)
-                    self._finish(request)
+                    del self.requests[request.request_id]
+                    self.finished_req_ids.add(request.request_id)
+                    self.finished += 1
         if output.total_num_scheduled_tokens:
             self.prefilled += output.prefill
             self.intervals.append((output.begin_s, self.clock.monotonic_s()))
             self.presence.append((self.clock.monotonic_s(), len(self.running)))
         return {0: SimpleNamespace(outputs=outputs)} if outputs else {}
-
-    def _finish(self, request: StockRequest) -> None:
-        del self.requests[request.request_id]
-        self.finished_req_ids.add(request.request_id)
-        self.finished += 1
 
 
 class Bench:
@@ -234,7 +235,7 @@ def _check_against_the_slow_account(bench: Bench, *, exact_gaps: bool) -> None:
     assert sample["generated_tokens"] == sum(len(each) for each in times)
     assert sample["prompt_tokens"] == sum(request.num_prompt_tokens for request in stock.everything)
     assert sample["arrived"] == len(stock.everything)
-    assert sample["finished"] == stock.finished
+    assert (sample["finished"], sample["failed"]) == (stock.finished, stock.aborted)
     assert sample["preemptions"] == stock.preempted
     assert sample["prefill_tokens"] == stock.prefilled
     assert sample["iterations"] == len(stock.intervals)
@@ -270,7 +271,7 @@ def test_counts_what_a_slow_account_counts(events: list[tuple[str, Any, int]], d
             elif what == "step":
                 bench.step(value)
             elif what == "abort" and names:
-                bench.scheduler.abort(names[value % len(names)])
+                bench.scheduler.finish_requests(names[value % len(names)], "aborted")
                 aborted = True
             elif what == "preempt" and names and not bench.queue:  # in overlap vLLM delivers late tokens
                 bench.scheduler.to_preempt.add(names[value % len(names)])
@@ -382,6 +383,33 @@ def test_rows_of_iterations_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rpc.rlgov_iterations(bench.core, answer["cursor"])["rows"] == []
 
 
+def test_a_request_aborted_while_its_first_token_is_computed_gets_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(monkeypatch, depth=2)
+    name = bench.add(10, 5)
+    other = bench.add(10, 5)
+    bench.step()
+    assert bench.queue
+    bench.scheduler.finish_requests(name, "aborted")
+    bench.drain()
+    sample = bench.sample()
+    assert (sample["generated_tokens"], sample["token_gaps"]) == (5, 4), other
+    assert (sample["finished"], sample["failed"]) == (1, 1)
+
+
+def test_a_request_preempted_in_its_prompt_waits_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, budget=64)
+    name = bench.add(100, 5)
+    bench.step()
+    assert bench.sample()["waiting_tokens"] == 36
+    bench.scheduler.to_preempt.add(name)
+    bench.step()
+    assert bench.sample()["waiting_tokens"] == 100
+    bench.drain()
+    assert bench.sample()["prefill_tokens"] == 164
+
+
 def test_an_error_in_the_counting_ends_the_counting_and_not_the_engine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,7 +418,7 @@ def test_an_error_in_the_counting_ends_the_counting_and_not_the_engine(
     bench.step()
 
     def fail(*_: object) -> None:
-        raise KeyError("moved elsewhere")  # noqa: EM101
+        raise KeyError("moved elsewhere")
 
     monkeypatch.setattr(bench.scheduler, "get_kv_cache_usage", fail)
     with caplog.at_level(logging.ERROR, logger="vllm.rlgov"):

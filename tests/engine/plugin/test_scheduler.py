@@ -126,7 +126,8 @@ class StockScheduler:
                 known.append(request)
         self.to_preempt.clear()
         self.preempted += len(preempted)
-        new, resumed = [], []
+        new: list[StockRequest] = []
+        resumed: list[StockRequest] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_active_reqs and not preempted:
             request = self.waiting.popleft()
             self.running.append(request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class PluginInfo:
 class PluginState:
     """The answer of the plugin's state call."""
 
-    sample: EngineSample
+    sample: EngineSample | None  # None where the plugin cannot read this version of vLLM
     plugin: PluginInfo
 
 
@@ -150,6 +150,8 @@ class EngineClient:
                 f"{self._name}: the plugin's state is not understood ({where}: {first['msg']}); install the "
                 "same version of rlgov in vLLM's environment"
             ) from None
+        if state.sample is None:
+            return state
         numbers = [getattr(state.sample, f.name) for f in fields(state.sample)]
         if any(isinstance(value, float) and not (math.isfinite(value) and value >= 0) for value in numbers):
             raise EngineError(
@@ -163,17 +165,20 @@ class EngineClient:
         return state
 
     async def metrics_sample(self, timeout_s: float = CALL_S) -> EngineSample:
-        """Counters from the metrics page. Raises EngineError."""
+        """Counters from the metrics page. Raises EngineError.
+
+        An id is drawn for each launch, so it alone tells a restart: the sample has it as it is.
+        """
         at_s = self._clock.monotonic_s()
         status, raw = await self._call("GET", "/metrics", timeout_s=timeout_s)
         if status != HTTPStatus.OK:
             raise EngineError(f"{self._name} answers /metrics with {status}; see its log")
         try:
-            return sample_from_page(
-                raw.decode("utf-8", errors="replace"), at_s=at_s, engine_id=self._engine_id
-            )
+            text = raw.decode("utf-8", errors="replace")
+            sample = sample_from_page(text, at_s=at_s, engine_id=self._engine_id)
         except TelemetryError as error:
             raise EngineError(f"{self._name}: {error}") from error
+        return replace(sample, engine_id=self._engine_id)
 
     async def set_plugin_cap(
         self, batch_cap: int | None, lease_s: float | None, timeout_s: float = CALL_S

@@ -62,6 +62,7 @@ class EngineProcess:
         self._status: int | None = None
         self._cap_by: str | None = None
         self._plugin = spec.plugin
+        self._plugin_samples = spec.plugin
         self._client = EngineClient(
             host=spec.host,
             port=spec.port,
@@ -179,11 +180,15 @@ class EngineProcess:
 
     async def sample(self, timeout_s: float) -> EngineSample:
         """Gauges and counters: the plugin's, or the metrics page's without one. Raises EngineError."""
-        if self._plugin:
+        if self._plugin_samples:
             try:
-                return (await self._client.plugin_state(timeout_s)).sample
+                sample = (await self._client.plugin_state(timeout_s)).sample
             except NoSuchCallError as error:
                 self._step_back(error)
+            else:
+                if sample is not None:
+                    return sample
+                self._plugin_samples = False  # for good: counters of plugin and page must not be mixed
         return await self._client.metrics_sample(timeout_s)
 
     async def plugin_info(self) -> PluginInfo | None:
@@ -280,7 +285,7 @@ class EngineProcess:
         return f"RLGOV_ENGINE_ID={self.spec.engine_id}"
 
     def _step_back(self, error: NoSuchCallError) -> None:
-        self._plugin = False  # for good: counters of plugin and page must not be mixed
+        self._plugin = self._plugin_samples = False
         self.note = f"rlgov's plugin is not loaded; install rlgov in vLLM's environment ({error})"
 
     def _check_alive(self, when: str) -> None:

@@ -194,18 +194,21 @@ class Server:
             "asleep": self.engine.asleep,
             "sleep_supported": self.options.enable_sleep_mode,
         }
-        sample = dataclasses.asdict(self.engine.sample())
+        blind = self.faults.plugin == "blind"
+        sample = None if blind else dataclasses.asdict(self.engine.sample())
         return web.json_response({"sample": sample, "plugin": plugin})
 
     async def plugin_cap(self, request: web.Request) -> web.Response:
         body = await read_body(request)
-        cap = self.engine.set_cap(body["batch_cap"], body.get("lease_s"))
+        if set(body) != {"batch_cap", "lease_s"}:
+            raise RequestError(400, f"batch_cap and lease_s are what can be asked for, not {sorted(body)}")
+        cap = self.engine.set_cap(body["batch_cap"], body["lease_s"])
         return web.json_response({"batch_cap": cap, "max_num_seqs": self.options.max_num_seqs})
 
     async def runtime_config(self, request: web.Request) -> web.Response:
         body = await read_body(request)
-        cap = self.engine.set_cap(body["max_num_active_seqs"], None)
-        return web.json_response({"max_num_active_seqs": cap})
+        cap = self.engine.set_cap(body["max_num_running_seqs"], None)
+        return web.json_response({"max_num_running_seqs": cap})
 
     async def plugin_sleep(self, _request: web.Request) -> web.Response:
         return await self._set_asleep(asleep=True)
@@ -216,6 +219,8 @@ class Server:
     async def _set_asleep(self, *, asleep: bool) -> web.Response:
         if not self.options.enable_sleep_mode:
             return web.json_response({"error": "started without --enable-sleep-mode"}, status=409)
+        if asleep and not self.engine.idle:
+            return web.json_response({"error": "requests are running"}, status=409)
         await asyncio.sleep(self.options.fake_wake_s)
         self.engine.asleep = asleep
         self.engine.wake()

@@ -38,7 +38,7 @@ class Faults:
     hang: bool = False  # takes requests, answers /health, moves nothing
     health: str = "ok"  # ok, 503
     metrics: str = "ok"  # ok, empty, truncated, html, stale, 500, slow, nan
-    plugin: str = "ok"  # ok, missing, refuse-cap, 500, slow, garbage
+    plugin: str = "ok"  # ok, missing, refuse-cap, blind (tells no sample), 500, slow, garbage
     requests: str = "ok"  # ok, abort, done-only, empty, 500, 503, drop, silent
     count: int | None = None  # so many requests are affected, then `requests` is ok again; None: all
     drop_after_tokens: int = 1  # with requests=drop: the connection breaks after so many tokens

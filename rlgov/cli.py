@@ -53,6 +53,7 @@ _COMMANDS = (
     ("study", "study:study", "Set learned policies against every static setting and every tuned rule."),
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
     ("load", "load:load", "Send a trace's requests to a running server, and measure its latencies."),
+    ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )
 _TRACE_COMMANDS = (
     ("show", "trace:show", "Summarise and plot a trace."),

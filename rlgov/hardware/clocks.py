@@ -166,6 +166,9 @@ class GroupClocks:
     fail upwards). Whether the clock is *in force* shows only after the hardware has settled: see ``check``
     and ``settle``.
 
+    Restores when used in a ``with``, and at the exit of the process. Neither happens on SIGKILL, nor on
+    SIGTERM unless the process turns it into an exit.
+
     Args:
         port: The driver.
         uuids: The GPUs of the group.

@@ -76,22 +76,16 @@ class XidEvents:
 
     def __init__(self, session: NvmlSession, uuids: tuple[str, ...], clock: Clock) -> None:
         self._session = session
+        self._uuids = uuids
         self._clock = clock
-        self._set = session.call("nvmlEventSetCreate")
-        self._open = True
-        watched = 0
-        for uuid in uuids:
-            try:
-                session.call("nvmlDeviceRegisterEvents", _XID_CRITICAL, self._set, uuid=uuid)
-            except NvmlError:
-                continue  # counted by the session; the others are still worth listening to
-            watched += 1
-        if not watched:
-            self.close()
-            raise HardwareError("no GPU of this group reports Xid events; watch dmesg for them instead")
+        self._open = False
+        self._listen()
 
     def poll(self) -> tuple[XidEvent, ...]:
         """Events since the last call; does not wait. Raises HardwareError when the driver cannot be asked."""
+        if self._generation != self._session.generation:
+            self._open = False  # the old set went with the driver
+            self._listen()
         events: list[XidEvent] = []
         while len(events) < _MOST_AT_ONCE:
             try:
@@ -109,9 +103,24 @@ class XidEvents:
             )
         return tuple(events)
 
+    def _listen(self) -> None:
+        self._set = self._session.call("nvmlEventSetCreate")
+        self._generation = self._session.generation
+        self._open = True
+        watched = 0
+        for uuid in self._uuids:
+            try:
+                self._session.call("nvmlDeviceRegisterEvents", _XID_CRITICAL, self._set, uuid=uuid)
+            except NvmlError:
+                continue  # counted by the session; the others are still worth listening to
+            watched += 1
+        if not watched:
+            self.close()
+            raise HardwareError("no GPU of this group reports Xid events; watch dmesg for them instead")
+
     def close(self) -> None:
         """Stop listening; a second call does nothing."""
-        if self._open:
+        if self._open and self._generation == self._session.generation:
             self._open = False
             try:
                 self._session.call("nvmlEventSetFree", self._set, attempts=1)

@@ -95,6 +95,8 @@ class NvmlSession:
         self._binding = _load_binding()
         self._handles: dict[str, Any] = {}
         self._open = False
+        self.generation = 0
+        """Grows when NVML had to be initialised anew: what was made before, such as event sets, is void."""
         self.failures: Counter[str] = Counter()
         """Answers other than success, by name; those that a further attempt cured included."""
         self._names = {
@@ -185,6 +187,7 @@ class NvmlSession:
         except NvmlError as error:
             self.failures[error.code] += 1
             return False
+        self.generation += 1
         return True
 
     def _once(self, function: str, arguments: tuple[Any, ...], uuid: str | None) -> Any:  # noqa: ANN401  # as call

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -272,6 +274,44 @@ hardware.clocks.lock(1200)
         assert done.returncode == returns, done.stderr
         assert nvml_stub.locks_mhz() == (None,) * 4
     assert nvml_stub.state.write_count == 24
+
+
+def test_what_could_not_be_restored_is_tried_again_at_exit(nvml_stub: NvmlStub, repository: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(repository)!r})
+from rlgov.clock import SystemClock
+from rlgov.errors import HardwareError
+from rlgov.hardware.hardware import open_hardware
+hardware = open_hardware(None, SystemClock())
+hardware.clocks.lock(1200)
+print("locked", flush=True)
+sys.stdin.readline()
+try:
+    hardware.close()
+except HardwareError as error:
+    print(error, flush=True)
+sys.stdin.readline()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **nvml_stub.environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        nvml_stub.gpu(2).lost = 1
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert nvml_stub.uuids[2] in process.stdout.readline()
+        assert nvml_stub.locks_mhz() == (None, None, 1200, None)
+        nvml_stub.gpu(2).lost = 0
+    assert process.returncode == 0
+    assert nvml_stub.locks_mhz() == (None,) * 4
 
 
 def test_settling_is_measured_and_bounded(clock: VirtualClock) -> None:

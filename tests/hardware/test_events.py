@@ -53,6 +53,14 @@ def test_a_lost_gpu_that_breaks_the_waiting_is_an_event(
     events.close()
 
 
+def test_events_are_heard_again_after_the_driver_was_reloaded(stub: NvmlStub, clock: VirtualClock) -> None:
+    with open_hardware(None, clock) as hardware:
+        stub.reload_driver()
+        hardware.meter.read()  # joins the driver again
+        stub.xid(1, 48)
+        assert [event.uuid for event in hardware.events.poll()] == [stub.uuids[1]]
+
+
 def test_gpus_without_events_do_not_stand_in_the_way(stub: NvmlStub, clock: VirtualClock) -> None:
     stub.fail("NOT_SUPPORTED", "nvmlDeviceRegisterEvents", gpu=0)
     with open_hardware(None, clock) as hardware:

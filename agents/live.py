@@ -43,28 +43,30 @@ class LiveRun:
 
     def figures(self) -> LiveFigures:
         """Reduce the run to its figures."""
-        seen = self.counted
-        energies = [window.energy_j for window in seen if window.energy_j is not None]
-        duration_s = math.fsum(window.duration_s for window in seen)
+        seen, held = self.counted, self.windows[1:]
+        metered = [window for window in held if window.energy_j is not None]
+        metered_s = math.fsum(window.duration_s for window in metered)
+        seen_s = math.fsum(window.duration_s for window in seen)
         arrivals = math.fsum(window.arrivals for window in seen)
         misses = math.fsum(window.misses for window in seen)
         tokens = math.fsum(window.output_tokens for window in seen)
-        energy_j = math.fsum(energies)
+        energy_j = math.fsum(window.energy_j or 0.0 for window in metered)
         degrees = [window.tp_degree for window in self.windows if not window.blind]
         return LiveFigures(
-            windows=len(self.windows) - 1,
-            blind_windows=len(self.windows) - 1 - len(seen),
-            duration_s=duration_s,
+            windows=len(held),
+            blind_windows=len(held) - len(seen),
+            unmetered_windows=len(held) - len(metered),
+            duration_s=math.fsum(window.duration_s for window in held),
             energy_j=energy_j,
-            mean_power_w=energy_j / duration_s if duration_s > 0 else None,
-            j_per_output_token=energy_j / tokens if tokens > 0 else None,
+            mean_power_w=energy_j / metered_s if metered_s > 0 else None,
+            j_per_output_token=energy_j / tokens if tokens > 0 and len(metered) == len(held) else None,
             arrivals=arrivals,
             served=math.fsum(window.served for window in seen),
             misses=misses,
             slo_attainment=max(1.0 - misses / arrivals, 0.0) if arrivals > 0 else None,
             worst_ttft_p99_s=max((w.ttft_p99_s for w in seen if w.ttft_p99_s is not None), default=None),
             worst_tpot_p99_s=max((w.tpot_p99_s for w in seen if w.tpot_p99_s is not None), default=None),
-            mean_clock_mhz=_mean(seen, lambda window: window.measured_clock_mhz, duration_s),
+            mean_clock_mhz=_mean(seen, lambda window: window.measured_clock_mhz, seen_s),
             tp_switches=sum(a != b for a, b in pairwise(degrees)),
             unfinished_requests=self.unfinished_requests,
             reward=self.reward,
@@ -107,14 +109,19 @@ class LiveRun:
 
 @dataclass(frozen=True, slots=True)
 class LiveFigures:
-    """Figures of a live run, over the windows that were seen and not counting the start window."""
+    """Figures of a live run, not counting the start window.
+
+    Energy is of all windows, blind ones included, as far as it was metered: what a blind window hides of the
+    requests is counted by the first one after it.
+    """
 
     windows: int
     blind_windows: int
+    unmetered_windows: int
     duration_s: float
     energy_j: float
-    mean_power_w: float | None
-    j_per_output_token: float | None
+    mean_power_w: float | None  # while it was metered
+    j_per_output_token: float | None  # None, too, when some energy is not known
     arrivals: float
     served: float
     misses: float

@@ -30,6 +30,7 @@ _CONTROL: Final = frozenset(
         b"release_kv_cache_memory",
         b"resume",
         b"rlgov",
+        b"runtime_config",
         b"scale_elastic_ep",
         b"server_info",
         b"shutdown_weight_transfer_engine",

@@ -50,12 +50,13 @@ class StreamObserver:
         begin, search_from = 0, self._searched
         while (end := _END.search(data, search_from)) is not None:
             event = data[begin : end.end()]
-            if self._passes(event):
-                passed.append(event)
+            passes = self._passes(event)
             if self.tally.failure or self.tally.refusal:
                 self._rest = data[begin:]
                 self._searched = 0
                 return b"".join(passed)
+            if passes:
+                passed.append(event)
             begin = search_from = end.end()
         self._rest = data[begin:]
         self._searched = max(0, len(self._rest) - _LONGEST_END + 1)

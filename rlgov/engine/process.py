@@ -41,6 +41,7 @@ WARM_UP_TOKENS = 8
 SLEEP_S = 120.0  # weights of tens of GB go through the host's memory
 LEFTOVER_S = 3.0  # for helpers that tidy up after the API server has gone, before they are killed
 KILL_S = 10.0
+END_S = 2.0
 PLUGIN_RACE_S = 10.0
 _HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD)
 
@@ -159,6 +160,8 @@ class EngineProcess:
             try:
                 await asked
             except UnreachableError:
+                # Its connections break a moment before it has ended.
+                await self._wait_gone([self.identity], END_S)
                 self._check_alive("during its first completion")
                 raise
         finally:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 ENVIRONMENT_PREFIX = "RLGOV_"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-COMMANDS_WITH_SETTINGS = frozenset({"config", "demo", "train", "replay", "tune", "study", "export", "load"})
+COMMANDS_WITH_SETTINGS = frozenset(
+    {"config", "demo", "train", "replay", "tune", "study", "export", "serve", "load"}
+)
 TRAIN_MODULES = frozenset(
     {
         "gymnasium",
@@ -52,6 +54,7 @@ _COMMANDS = (
     ("tune", "tune:tune", "Fit the knobs of a control rule on a trace's training span."),
     ("study", "study:study", "Set learned policies against every static setting and every tuned rule."),
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
+    ("serve", "serve:serve", "Run vLLM behind a gateway that holds, caps and moves its requests."),
     ("load", "load:load", "Send a trace's requests to a running server, and measure its latencies."),
     ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )

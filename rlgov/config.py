@@ -176,6 +176,55 @@ class ExportSettings(Settings):
     """The best evaluated model, or the newest checkpoint."""
 
 
+class ServeSettings(Settings):
+    """A vLLM deployment behind one gateway. vLLM's own arguments follow after ``--``."""
+
+    model: str | None = None
+    """Name or folder of the model; the profile's if not given."""
+    profile: str | None = None
+    """Profile name or path of a profile file: batch caps, TP degrees, number of GPUs, token budget."""
+    tp: tuple[PositiveInt, ...] = ()
+    """TP degrees to offer; the profile's if not given, else 1."""
+    start_tp: PositiveInt | None = None
+    """TP degree to start with; the largest that can be had if not given."""
+    max_num_seqs: PositiveInt | None = None
+    """Requests that an engine may ever run at once; the largest batch cap, else 256."""
+    batch_caps: tuple[PositiveInt, ...] = ()
+    """Batch caps to offer; the profile's if not given, else halves of the largest down to 8."""
+    max_num_batched_tokens: PositiveInt | None = None
+    """Tokens of one iteration; the profile's if not given, else 8192."""
+    gpus: tuple[str, ...] = ("all",)
+    """GPUs by UUID, or ``all``, or ``none`` for a vLLM that runs on the processor."""
+    host: str = "127.0.0.1"
+    """Address the gateway listens at. It speaks plain HTTP and asks for no key of its own."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port the gateway listens at; 0 takes a free one."""
+    vllm: Path | None = None
+    """The vllm program; else the one on the PATH, else .venv-vllm/bin/vllm."""
+    vllm_arguments: tuple[str, ...] = ()
+    """vLLM's own arguments, for a configuration file; on the command line they follow after ``--``."""
+    plugin: bool = True
+    """Load rlgov's plugin in vLLM; without it the gateway holds the batch cap."""
+    switch: Literal["auto", "side-by-side", "sleep", "restart"] = "auto"
+    """How engines of two TP degrees share the GPUs during a change."""
+    run: Path = Path("runs/serve")
+    """Folder for state and logs. Engines that an earlier run left serving are taken over from here."""
+    control: Path | None = None
+    """The control socket; ``control.sock`` in the run folder if not given."""
+    max_held: Annotated[int, Field(ge=0)] = 1024
+    """Requests that may wait while no engine takes any; the next one is refused with 503."""
+    hold_timeout_s: PositiveFloat = 120.0
+    """How long a request waits for an engine before it is refused with 503."""
+    start_timeout_s: PositiveFloat = 900.0
+    """From launching an engine until it is healthy."""
+    drain_timeout_s: PositiveFloat = 600.0
+    """How long a replaced engine may go on with its requests before its shutdown begins."""
+    shutdown_timeout_s: PositiveFloat = 120.0
+    """How long a shutdown waits for requests; vLLM aborts what is left then."""
+    restart_hung: bool = False
+    """Restart an engine that makes no progress, which ends its requests; otherwise it is only reported."""
+
+
 class LoadSettings(Settings):
     """A trace's requests sent to an OpenAI-compatible server, at their times and with their token counts."""
 

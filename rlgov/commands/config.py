@@ -66,6 +66,8 @@ def _rows(app: App, section: str) -> Iterator[tuple[str, Any, str]]:
             source(command, (section,), arguments)
     for argument in arguments:
         name = argument.name.removeprefix("--")
+        if name == argument.name:
+            continue  # no flag: what follows after --
         if argument.children or name in {"json", "no-json"} or not argument.parse:
             continue
         value, source = _effective(argument)

@@ -16,6 +16,7 @@ def sections() -> dict[str, type[BaseModel]]:
         ExportSettings,
         LoadSettings,
         ReplaySettings,
+        ServeSettings,
         StudySettings,
         TuneSettings,
     )
@@ -27,5 +28,6 @@ def sections() -> dict[str, type[BaseModel]]:
         "tune": TuneSettings,
         "study": StudySettings,
         "export": ExportSettings,
+        "serve": ServeSettings,
         "load": LoadSettings,
     }

@@ -67,13 +67,23 @@ def test_help_and_settings_import_nothing_heavy(arguments: list[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     told = capsys.readouterr().out
-    commands = ("demo", "train", "replay", "tune", "study", "export", "load", "doctor")
+    commands = ("demo", "train", "replay", "tune", "study", "export", "serve", "load", "doctor")
     for command in (*commands, "trace", "profile", "config", "--config"):
         assert command in told
 
 
 def test_every_command_can_be_imported_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [["demo"], ["train"], ["replay"], ["tune"], ["study"], ["export"], ["load"], ["doctor"]]
+    commands = [
+        ["demo"],
+        ["train"],
+        ["replay"],
+        ["tune"],
+        ["study"],
+        ["export"],
+        ["serve"],
+        ["load"],
+        ["doctor"],
+    ]
     commands += [["trace", name] for name in ("show", "fetch", "synth")]
     commands += [["profile", name] for name in ("list", "show")]
     commands += [["config", name] for name in ("show", "schema")]
@@ -159,7 +169,16 @@ def test_profiles_are_reported_as_json(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert set(schema["properties"]) == {"demo", "train", "replay", "tune", "study", "export", "load"}
+    assert set(schema["properties"]) == {
+        "demo",
+        "train",
+        "replay",
+        "tune",
+        "study",
+        "export",
+        "serve",
+        "load",
+    }
     assert schema["additionalProperties"] is False
 
 

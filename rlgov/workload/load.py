@@ -8,10 +8,12 @@ instead of slowing the generator down ("coordinated omission").
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -34,10 +36,10 @@ LEAD_S = 0.2  # between the first body built and the start of the run
 AHEAD_BODIES = 512
 AHEAD_BYTES = 64_000_000
 QUIET_S = 0.003  # a body is built ahead only when nothing falls due within this
-FINE_S = 0.001  # timers have a resolution of a millisecond; below it the loop is polled instead
-EARLY_S = 0.0001  # a send may be this early
+FINE_S = 0.0005  # timers are rounded to a millisecond; closer to a send the loop is polled instead
 BURST = 8  # sends before the streams have their turn
 PROGRESS_S = 0.5
+NEVER = 2**31 - 1  # collections of the middle generation before a full one
 
 
 async def run_load(
@@ -116,8 +118,25 @@ def run_load_blocking(
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with _short_pauses(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
+
+
+@contextmanager
+def _short_pauses() -> Iterator[None]:
+    """No full garbage collections: with thousands of streams each stops every send for tens of milliseconds.
+
+    Young objects are still collected, and requests leave next to no cycles behind.
+    """
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(thresholds[0], thresholds[1], NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def raise_file_limit() -> None:
@@ -195,7 +214,7 @@ class _Run:
         while ahead:
             request, body = ahead[0]
             wait_s = self.start_s + request.at_s - self.clock.monotonic_s()
-            if wait_s <= EARLY_S:
+            if wait_s <= 0:
                 ahead.popleft()
                 ahead_bytes -= len(body)
                 self._start(request, body)

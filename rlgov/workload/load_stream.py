@@ -65,7 +65,7 @@ class StreamScan:
         """Parse the last events. The stream is over, or will not go on."""
         done, reason, error = False, None, None
         prompt = output = cached = None
-        for raw in self._tail.split(END_OF_EVENT):
+        for raw in reversed(self._tail.split(END_OF_EVENT)):
             event = _event(raw)
             if event == DONE:
                 done = True
@@ -73,14 +73,16 @@ class StreamScan:
                 continue
             if event.get("error"):
                 error = _error_text(event["error"])
-            for choice in _list(event.get("choices")):
-                if isinstance(choice, dict) and choice.get("finish_reason"):
-                    reason = str(choice["finish_reason"])
             usage = event.get("usage")
-            if isinstance(usage, dict):
+            if isinstance(usage, dict) and output is None:
                 prompt, output = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
                 details = usage.get("prompt_tokens_details")
                 cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+            for choice in _list(event.get("choices")):
+                if isinstance(choice, dict) and choice.get("finish_reason"):
+                    reason = str(choice["finish_reason"])
+            if reason is not None:
+                break  # before it come only tokens
         return StreamEnd(done, reason, prompt, output, cached, error)
 
 

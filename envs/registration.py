@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ REPLAYED_ID = "rlgov/ReplayedServing-v0"
 LIVE_ID = "rlgov/LiveServing-v0"
 DEFAULT_PROFILE = "h100-qwen3-32b"
 DEFAULT_TRACE = "conversation"
+PLUGIN_TOKEN = "RLGOV_PLUGIN_TOKEN"  # noqa: S105  # the name of a variable
 
 
 def register() -> None:
@@ -125,7 +127,9 @@ def make_live(  # noqa: PLR0913  # keyword arguments with defaults, each documen
     A step takes one interval of real time. Close the environment: that restores cap and clocks.
 
     Args:
-        control: The control socket of ``rlgov serve``, or a client of one.
+        control: The control socket of ``rlgov serve``, or a client of one. The address of a vLLM that runs
+            already (``http://...``) attaches to it: its TP degree, told by ``start_tp``, is fixed, and its
+            batch cap can be set only if it has the rlgov plugin and RLGOV_PLUGIN_TOKEN is in the environment.
         profile: Name of a shipped profile, or the path of a profile's YAML file; its axes are the actions.
         slo_scale: Multiplies both SLO limits.
         interval_s: Length of a control interval; by default the profile's.
@@ -143,7 +147,7 @@ def make_live(  # noqa: PLR0913  # keyword arguments with defaults, each documen
         record: Journal to write, one file an episode; none by default.
         policy_digest: Of the policy that will decide, for the journal.
         hardware: Whose energy is metered and whose clock is set: ``auto`` for the GPUs the stack was given,
-            UUIDs, or GPUs that are open already.
+            UUIDs, or GPUs that are open already. Attached, ``auto`` means all GPUs of this machine.
         clock: Paces the intervals; the machine's by default.
 
     Raises:
@@ -152,7 +156,8 @@ def make_live(  # noqa: PLR0913  # keyword arguments with defaults, each documen
         HardwareError: The GPUs cannot be opened.
     """
     from rlgov.clock import SystemClock  # noqa: PLC0415  # lazy, as above
-    from rlgov.deployments.live_open import open_live  # noqa: PLC0415
+    from rlgov.deployments.attached import attach_live  # noqa: PLC0415
+    from rlgov.deployments.live_open import open_gpus, open_live  # noqa: PLC0415
     from rlgov.deployments.recorded import RecordedDeployment  # noqa: PLC0415
     from rlgov.envs.guard import GuardSettings  # noqa: PLC0415
     from rlgov.envs.reward import DEFAULT_MISS_WEIGHT  # noqa: PLC0415
@@ -165,14 +170,27 @@ def make_live(  # noqa: PLR0913  # keyword arguments with defaults, each documen
         interval_s=limits.interval_s if interval_s is None else interval_s,
         service_level=limits.service_level.scaled(slo_scale),
     )
-    live = open_live(
-        control,
-        limits,
-        SystemClock() if clock is None else clock,
-        hardware=hardware,
-        workload=_workload(workload, url, Path(out)),
-        start=None if start_tp is None else replace(limits.fastest, tp_degree=start_tp),
-    )
+    clock = SystemClock() if clock is None else clock
+    start = limits.fastest if start_tp is None else replace(limits.fastest, tp_degree=start_tp)
+    if isinstance(control, str) and control.startswith(("http://", "https://")):
+        live = attach_live(
+            control,
+            limits,
+            clock,
+            tp_degree=start.tp_degree,
+            gpus=open_gpus(hardware, None, clock),
+            token=os.environ.get(PLUGIN_TOKEN),
+            workload=_workload(workload, url or control, Path(out)),
+        )
+    else:
+        live = open_live(
+            control,
+            limits,
+            clock,
+            hardware=hardware,
+            workload=_workload(workload, url, Path(out)),
+            start=None if start_tp is None else start,
+        )
     try:
         reference = _live_reference(live, reference_windows)
         recorder = None

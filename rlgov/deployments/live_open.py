@@ -90,7 +90,7 @@ def open_live(
             stack = control
             offer, cursor = control.limits(), control.interval(0).traffic.cursor
         undo.callback(stack.close)
-        group = _open_gpus(hardware, offer, clock)
+        group = open_gpus(hardware, offer.gpu_uuids, clock)
         undo.callback(group.close)
         deployment = LiveDeployment(
             stack,
@@ -109,12 +109,23 @@ def open_live(
     return deployment
 
 
-def _open_gpus(hardware: HardwareChoice, offer: StackLimits, clock: Clock) -> GpuGroup:
+def open_gpus(hardware: HardwareChoice, allotted: Sequence[str] | None, clock: Clock) -> GpuGroup:
+    """Meter and clocks of the GPUs chosen.
+
+    Args:
+        hardware: The choice.
+        allotted: What ``auto`` stands for: UUIDs, or None for all GPUs of this machine.
+        clock: Dates the readings.
+
+    Raises:
+        DeploymentError: There is no such choice.
+        HardwareError: The GPUs cannot be opened.
+    """
     if isinstance(hardware, str):
         if hardware not in {"auto", "none"}:
             msg = f"hardware must be 'auto', 'none' or a list of GPU UUIDs, got {hardware!r}"
             raise DeploymentError(msg)
-        return open_hardware(offer.gpu_uuids if hardware == "auto" else (), clock)
+        return open_hardware(allotted if hardware == "auto" else (), clock)
     if isinstance(hardware, Sequence):
         return open_hardware(tuple(hardware), clock)
     return hardware

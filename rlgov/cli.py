@@ -39,6 +39,7 @@ TRAIN_MODULES = frozenset(
         "torch",
     }
 )
+LIVE_MODULES = frozenset({"aiohttp", "httptools", "prometheus_client", "pynvml", "uvloop"})
 
 _HELP = """A governor for LLM serving: the least energy that still meets the latency objectives.
 
@@ -177,8 +178,10 @@ def _explain(error: Exception) -> str | None:
         return None if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, ImportError):
         missing = _missing_module(error)
-        known = missing in TRAIN_MODULES
-        return f"this command needs {missing}; install it with: pip install 'rlgov[train]'" if known else None
+        for extra, modules in (("train", TRAIN_MODULES), ("live", LIVE_MODULES)):
+            if missing in modules:
+                return f"this command needs {missing}; install it with: pip install 'rlgov[{extra}]'"
+        return None
     return str(error)
 
 

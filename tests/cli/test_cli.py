@@ -189,6 +189,7 @@ def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[
         (KeyboardInterrupt(), 130, "rlgov: interrupted\n"),
         (PermissionError(13, "Permission denied", "runs/x"), 2, "rlgov: runs/x: Permission denied\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "rlgov[train]"),
+        (ModuleNotFoundError("No module named 'uvloop'", name="uvloop"), 2, "rlgov[live]"),
     ],
     ids=["own error", "ctrl-c", "file error", "missing extra"],
 )

@@ -191,7 +191,7 @@ def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "rlgov[train]"),
         (ModuleNotFoundError("No module named 'uvloop'", name="uvloop"), 2, "rlgov[live]"),
     ],
-    ids=["own error", "ctrl-c", "file error", "missing extra"],
+    ids=["own error", "ctrl-c", "file error", "missing extra", "missing live extra"],
 )
 def test_errors_end_in_one_line_and_a_code(
     monkeypatch: pytest.MonkeyPatch,

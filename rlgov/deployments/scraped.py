@@ -9,7 +9,7 @@ A page tells less than a gateway, and later. What differs from :mod:`rlgov.deplo
   gives their age, to half an interval. A request whose first chunk of prompt is under way no longer waits.
 - *TPOT is told at the finish*, so a request that is decoded slowly shows when it is over.
 - *Quantiles* are as fine as the buckets; above the last one they are its lower bound.
-- *Clients that go away* while they wait look like requests that were served at once, without a first token.
+- *Clients that go away* while they wait look like prompts under way as long as anything runs.
 - ``waiting_tokens`` is the queue times the mean prompt, ``running_mean`` leaves out prompts under way,
   ``busy_fraction`` comes from iterations and mean gaps (:class:`~rlgov.engine.telemetry.deltas.EngineDelta`).
 """
@@ -40,12 +40,17 @@ class _Queue:
     def __init__(self, waiting: int, at_s: float) -> None:
         self._groups: deque[list[float]] = deque([[at_s, float(waiting)]] if waiting else [])
         self._waiting = waiting
+        self._started = 0.0  # prompts under way, at most
         self._at_s = at_s
 
     def update(self, sample: EngineSample, first_tokens: float, preemptions: float) -> float:
         """Go on to ``sample``; returns how many arrived meanwhile."""
-        # a preempted request waits again and is no arrival
-        arrived = max(first_tokens + sample.waiting - self._waiting - preemptions, 0.0)
+        # A preempted request waits again and is no arrival. Who left the queue without a first token has its
+        # prompt under way, and is no arrival when the token comes; or its client went away.
+        change = first_tokens + sample.waiting - self._waiting - preemptions
+        started = self._started - change
+        arrived = max(-started, 0.0)
+        self._started = min(max(started, 0.0), float(sample.running))
         if arrived > 0:
             self._groups.append([(self._at_s + sample.at_s) / 2, arrived])
         surplus = sum(group[1] for group in self._groups) - sample.waiting

@@ -82,7 +82,8 @@ def test_a_late_request_is_a_miss_when_its_limit_passes_and_never_again() -> Non
     windows = begun()
     waits = request(BEGIN_S + 0.2)
     early, at, later = (step(windows, after(t, (waits,), cursor=1)) for t in (1.1, 1.2, 2.0))
-    assert (early.misses, early.overdue, early.oldest_wait_s) == (0, 0, pytest.approx(0.9))
+    assert (early.misses, early.overdue) == (0, 0)
+    assert early.oldest_wait_s == pytest.approx(0.9)
     assert (at.misses, at.overdue) == (1, 1)  # the limit has passed at this very moment
     assert (later.misses, later.overdue) == (0, 1)
     first = replace(waits, first_token_s=BEGIN_S + 2.5)
@@ -212,7 +213,7 @@ def test_what_cannot_be_trusted_is_blind_and_says_why(values: dict[str, Any], re
     assert window.blind == 1
     assert reason in windows.blind_because
     assert window.arrivals == 0
-    assert decode(encode(Interval(window)), where="test")  # finite throughout, so it can be journalled
+    assert decode(encode(Interval(window)), where="test") == Interval(window)  # finite throughout
 
 
 def test_after_a_restart_the_next_pair_of_samples_counts_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -70,7 +71,7 @@ class Simulated:
         self._batch.load(0, trace, tables, level, start)
         self._gateway = LoggedGateway()
         self._refused_at_s: dict[int, float] = {}
-        self._counters = dict.fromkeys(
+        self._counters: dict[str, Any] = dict.fromkeys(
             (
                 "generated_tokens",
                 "prefill_tokens",

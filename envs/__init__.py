@@ -1,7 +1,8 @@
 """The decision problem: observation, action, guard, reward and the Gymnasium environments over them.
 
-Importing this package registers ``rlgov/SimulatedServing-v0`` and ``rlgov/ReplayedServing-v0`` where
-Gymnasium is installed. The decision code itself (observation, action, guard, reward) needs only numpy.
+Importing this package registers ``rlgov/SimulatedServing-v0``, ``rlgov/ReplayedServing-v0`` and
+``rlgov/LiveServing-v0`` where Gymnasium is installed. The decision code itself (observation, action, guard,
+reward) needs only numpy.
 """
 
 from __future__ import annotations

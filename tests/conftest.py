@@ -45,8 +45,8 @@ def _load_fake(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def fake_stack() -> ModuleType:
-    """The module tests/fakes/stack.py: a serving stack with its GPUs, in virtual time."""
-    return _load_fake("stack")
+    """The module tests/fakes/world.py: a serving stack with its GPUs, in virtual time."""
+    return _load_fake("world")
 
 
 @pytest.fixture(scope="session")

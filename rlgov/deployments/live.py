@@ -8,7 +8,8 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from rlgov.deployments.live_limits import refused_bits
 from rlgov.deployments.pacing import Pacer
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from rlgov.journal import Request
     from rlgov.records import Limits, Window
 
-_ATTEMPTS = 3  # of each closing step: against a hiccup of the driver, and an impatient Ctrl-C
+T = TypeVar("T")
+
+_ATTEMPTS = 3  # of what begins and ends an episode: against a hiccup, and an impatient Ctrl-C
 
 
 class Stack(Protocol):
@@ -270,9 +273,9 @@ class LiveDeployment:
         if self._clocks.present:
             self._clocks.lock(self._start.sm_clock_mhz)
         self._reach_start()
-        reading = self._meter.read()
         self._end_s = -math.inf
-        self._windows.start(self._interval(), reading, self._limits)
+        reading, interval = self._patiently(lambda: (self._meter.read(), self._interval()))
+        self._windows.start(interval, reading, self._limits)
         self._started = True
         self.status.blind_in_a_row = 0
         self._pacer.start()
@@ -367,15 +370,14 @@ class LiveDeployment:
         deadline_s = self._clock.monotonic_s() + self._settings.ready_timeout_s
         asked = False
         while True:
-            state = self._stack.state()
+            state = self._patiently(self._stack.state)
             self._state = state
             self.status.tp_refused = self._never | state.tp_refused
             there = state.tp_degree == self._start.tp_degree or self._start.tp_degree in state.tp_refused
             done = state.ready and not state.switching
             tp = None if asked or there or not done else self._start.tp_degree
-            state = self._stack.configure(
-                batch_cap=self._start.batch_cap, tp_degree=tp, lease_s=self._lease_s(self._settings.poll_s)
-            )
+            move = partial(self._stack.configure, batch_cap=self._start.batch_cap, tp_degree=tp)
+            state = self._patiently(partial(move, lease_s=self._lease_s(self._settings.poll_s)))
             asked = asked or tp is not None
             if done and (there or (asked and tp is None)):
                 self._check_degree(state)
@@ -388,6 +390,16 @@ class LiveDeployment:
                 )
                 raise DeploymentError(msg)
             self._clock.sleep_s(self._settings.poll_s)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """At an episode's start one call that fails is no reason to give the episode up."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return call()
+            except RlgovError as error:
+                self.status.last_problem = str(error)
+                self._clock.sleep_s(self._settings.poll_s)
+        return call()
 
     def _check_degree(self, state: StackState) -> None:
         if state.tp_degree not in self._limits.tp_degrees:

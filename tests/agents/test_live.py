@@ -26,7 +26,7 @@ from rlgov.journal import read_journal
 from rlgov.records import Configuration
 
 if TYPE_CHECKING:
-    from tests.fakes.stack import World
+    from tests.fakes.world import World
 
 ORIGIN = Origin("learned", "h100-qwen3-32b", "0" * 64, "1" * 64)
 

@@ -29,7 +29,7 @@ from rlgov.records import Configuration, Limits, Window
 from rlgov.simulation.profile import load_profile
 
 if TYPE_CHECKING:
-    from tests.fakes.stack import World
+    from tests.fakes.world import World
 
 PROFILE = load_profile("h100-qwen3-32b")
 LIMITS = PROFILE.limits()
@@ -132,6 +132,18 @@ def test_a_stack_stuck_at_a_degree_of_no_profile_is_refused(fake_stack: ModuleTy
         pytest.raises(DeploymentError, match=r"stays at TP degree 3.*TP 4: no memory"),
     ):
         live.start(0)
+
+
+@pytest.mark.parametrize("call", ["state", "configure", "interval"])
+def test_a_hiccup_at_the_start_is_survived_and_a_silence_is_not(fake_stack: ModuleType, call: str) -> None:
+    world = fake_stack.World()
+    with governed(fake_stack, world) as live:
+        world.before_call = raising(call, EngineError("busy"), 2)
+        assert live.start(0).blind == 0.0
+        world.before_call = raising(call, EngineError("gone"), 99)
+        with pytest.raises(EngineError, match="gone"):
+            live.start(0)
+        world.before_call = lambda _: None
 
 
 def test_order_of_use_is_enforced(fake_stack: ModuleType) -> None:
@@ -459,7 +471,7 @@ with exit_on_sigterm():
 def test_a_program_that_ends_without_closing_gives_everything_back(
     repository: Path, how: str, code: int
 ) -> None:
-    fake = repository / "tests" / "fakes" / "stack.py"
+    fake = repository / "tests" / "fakes" / "world.py"
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(fake), how],
         stdout=subprocess.PIPE,

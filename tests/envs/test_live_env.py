@@ -23,7 +23,7 @@ from rlgov.journal import observation_digest, read_journal
 from rlgov.records import Configuration
 
 if TYPE_CHECKING:
-    from tests.fakes.stack import World
+    from tests.fakes.world import World
 
 FASTEST = np.zeros(3, dtype=np.int64)
 

@@ -250,7 +250,7 @@ class World:
 
 
 class FakeStack:
-    """The client of a stack, as :class:`rlgov.engine.control.client.StackClient`; usable after a close, too."""
+    """The client of a stack, as StackClient of rlgov.engine.control.client; usable after a close, too."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -12,6 +12,7 @@ import gc
 import os
 import resource
 import signal
+import threading
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,9 @@ def run_load_blocking(
 
     async def main() -> LoadResult:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        signals = (signal.SIGINT, signal.SIGTERM)
+        # Elsewhere than in the main thread Python delivers no signals.
+        here = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if here else ()
         for number in signals:
             loop.add_signal_handler(number, stop.set)
         try:
@@ -171,6 +174,7 @@ class _Run:
     start_s: float = 0.0
     bad: int = 0
     ending: bool = False
+    fault: BaseException | None = None  # an error of this program in the task of a request
 
     async def until(self, stop: asyncio.Event, progress: Callable[[int, int, str], None] | None) -> bool:
         """Run to the end, or until ``stop``; tells whether it was stopped."""
@@ -235,6 +239,8 @@ class _Run:
                 await asyncio.sleep(wait_s - FINE_S if wait_s > FINE_S else 0)
         if self.under_way:
             await asyncio.wait(self.under_way)
+        if self.fault is not None:
+            raise self.fault
 
     def _bodies(self, requests: Iterable[PlannedRequest]) -> Iterator[tuple[PlannedRequest, bytes]]:
         return ((request, self.builder.build(request)) for request in requests)
@@ -254,7 +260,12 @@ class _Run:
             return
         task = asyncio.get_running_loop().create_task(self._send(request, body, request.at_s))
         self.under_way.add(task)
-        task.add_done_callback(self.under_way.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.under_way.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self.fault = fault
 
     async def _send(self, request: PlannedRequest, body: bytes, intended_s: float) -> None:
         self._take(await self.client.send(request, body, self.start_s, intended_s))

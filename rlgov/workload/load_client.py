@@ -165,7 +165,7 @@ class LoadClient:
         data = io.BytesIO(body) if len(body) >= LARGE_BODY_BYTES else body
         headers = {"X-Request-Id": f"{self._run_id}-{request.index}"}
         async with self._session.post(
-            self._url, data=data, headers=headers, trace_request_ctx=seen
+            self._url, data=data, headers=headers, trace_request_ctx=seen, allow_redirects=False
         ) as response:
             seen.status = response.status
             if response.status != OK:

@@ -41,6 +41,7 @@ class StreamScan:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
+        data = data.replace(b"\r", b"")  # lines may end with CR LF, and JSON has no bare CR
         # A separator may lie across two reads.
         if self._tail[-1:] == b"\n" and data[:1] == b"\n" and self._tail[-2:] != END_OF_EVENT:
             self.events += 1 + data[1:].count(END_OF_EVENT)

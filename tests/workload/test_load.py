@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -323,6 +324,24 @@ def test_the_key_comes_from_the_environment(
 def test_a_large_prompt_is_sent_whole(scripted: Callable[..., Any]) -> None:
     trace = Trace("t", np.zeros(1), np.array([300_000]), np.ones(1, int), np.zeros(1, int), 1.0)
     assert _run(scripted, trace=trace).all_complete
+
+
+def test_an_error_of_our_own_is_not_taken_for_the_servers(
+    scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_scan: Any, _data: bytes) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("rlgov.workload.load_stream.StreamScan.feed", broken)
+    with pytest.raises(ZeroDivisionError):
+        _run(scripted)
+
+
+def test_it_runs_in_another_thread_too(free_port: Callable[[], int]) -> None:
+    settings = LoadSettings(url=f"http://127.0.0.1:{free_port()}", model="m")
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run_load_blocking, _trace(2), settings, CLOCK).result()
+    assert result.summary.verdicts == {"failed": 2}
 
 
 def test_progress_ends_at_the_whole(scripted: Callable[..., Any]) -> None:

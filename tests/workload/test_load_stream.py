@@ -54,6 +54,15 @@ def test_small_reads_of_every_size(size: int) -> None:
     assert scan.end().output_tokens == 3
 
 
+@given(st.integers(1, 12))
+def test_lines_may_end_with_carriage_return_and_line_feed(size: int) -> None:
+    data = _stream(TOKEN, LAST, USAGE, "[DONE]").replace(b"\n", b"\r\n")
+    scan = _scan(*(data[i : i + size] for i in range(0, len(data), size)))
+    assert scan.events == 4
+    assert scan.first_is_token
+    assert scan.end().output_tokens == 3
+
+
 def test_the_head_is_known_as_soon_as_its_event_is_complete() -> None:
     data = _stream(TOKEN)
     assert not _scan(data[:-1]).head_seen

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from rlgov.engine.diagnosis import failure
 from rlgov.engine.gateway.gateway import Upstream
 from rlgov.engine.process import EngineProcess, EngineSpec
 from rlgov.engine.samples import EngineInfo, EngineSample
@@ -83,6 +84,14 @@ class Engine:
         if self.process is None:
             raise EngineError(f"engine {self.engine_id} has not been launched yet; wait until it is ready")
         return self.process
+
+    def obituary(self) -> str | None:
+        """Why its process has gone, from its log; None while it lives, and before the launch."""
+        if self.process is None or self.process.alive:
+            return None
+        code = self.process.exit_code
+        ended = "ended" if code is None else f"ended with exit code {code}"
+        return headline(failure(f"engine {self.engine_id} {ended}", self.spec.log_path))
 
     def info(self) -> EngineInfo:
         """What others are told about it."""
@@ -340,6 +349,12 @@ class Fleet:
             return f"no answer within {self._settings.timing.sample_timeout_s:g} s"
         except (RlgovError, OSError) as error:
             return str(error) or type(error).__name__
+
+
+def headline(message: str) -> str:
+    """A failure in one line: the cause, the remedy, where the log is, without the log's end."""
+    lines = [line for line in message.splitlines() if not line.startswith("  ")]
+    return " ".join(lines).removesuffix(", which ends with")
 
 
 def _given(arguments: tuple[str, ...], flag: str) -> bool:

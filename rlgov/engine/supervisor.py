@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from rlgov.engine.fleet import READABLE, Engine, Phase
+from rlgov.engine.fleet import READABLE, Engine, Phase, headline
 from rlgov.engine.identity import boot_id
 from rlgov.engine.liveness import Progress
 from rlgov.engine.serving import EXPECTED_FAILURES
@@ -169,7 +169,7 @@ class Supervisor:
             try:
                 engine = await self._start(degree)
             except EngineError as error:
-                self._refusals.refuse(degree, str(error), self._clock.monotonic_s())
+                self._refusals.refuse(degree, headline(str(error)), self._clock.monotonic_s())
                 continue
             if engine.plugin is None or not engine.plugin.sleep_supported:
                 await self._give_up_sleep(engine, "vLLM offers no sleep mode here")
@@ -310,7 +310,7 @@ class Supervisor:
             self.switch_s[new_degree] = max(0.0, self._serving.since_s - began_s)
             self._refusals.forgive(new_degree)
         else:
-            self._refusals.refuse(new_degree, ended.reason, now_s)
+            self._refusals.refuse(new_degree, headline(ended.reason), now_s)
         self.last_switch = {
             "from": float(old_degree),
             "to": float(new_degree),
@@ -318,8 +318,8 @@ class Supervisor:
             "outcome": str(outcome),
             "total_s": now_s - began_s,
             "held_s": held_s,
-            "reason": ended.reason,
-            "notes": "; ".join(ended.notes),
+            "reason": headline(ended.reason),
+            "notes": "; ".join(map(headline, ended.notes)),
         }
         self._tally.switched(str(ended.strategy), str(outcome), now_s - began_s, held_s)
         LOG.info("switch from TP %d to TP %d: %s", old_degree, new_degree, self.last_switch)
@@ -356,10 +356,9 @@ class Supervisor:
     async def _look_for_dead(self) -> None:
         routed = self._serving.routed
         for engine in [*self._fleet.engines.values()]:
-            if engine.alive or engine.process is None:
+            reason = engine.obituary()
+            if reason is None:
                 continue
-            reason = f"engine {engine.engine_id} ended with exit code {engine.process.exit_code}"
-            reason = f"{reason}; its log is {engine.spec.log_path}"
             LOG.error("%s", reason)
             engine.phase = Phase.FAILED
             self._serving.lost(engine)
@@ -385,7 +384,9 @@ class Supervisor:
             except EXPECTED_FAILURES as error:
                 self._failures += 1
                 LOG.error("restart %d failed: %s", self._failures, error)  # noqa: TRY400  # the error says it all
-                self.conditions[ENGINE_DOWN] = f"{self._failures} starts in a row failed, the last: {error}"
+                self.conditions[ENGINE_DOWN] = (
+                    f"{self._failures} starts in a row failed, the last: {headline(str(error))}"
+                )
                 continue
             await self._serve(engine)
             self.conditions.pop(ENGINE_DOWN, None)

@@ -85,12 +85,7 @@ class SwitchHands:
     def died(self, role: Role) -> str | None:
         """Why an engine is gone; None while it lives or was not launched yet."""
         engine = self._engines[role]
-        if engine is None or engine.process is None or engine.process.alive:
-            return None
-        return (
-            f"engine {engine.engine_id} ended with exit code {engine.process.exit_code}, "
-            f"see {engine.spec.log_path}"
-        )
+        return engine.obituary() if engine is not None else None
 
     async def bury(self, role: Role) -> None:
         """Clear away what an engine that died left behind."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Final, Protocol, cast
@@ -343,7 +345,7 @@ class ClientConnection(asyncio.Protocol):
         if self._delimited or self._transport is None:
             self._done()
         else:
-            self._transport.abort()  # only a reset tells this client from the proper end
+            _reset(self._transport)
 
     def respond(
         self,
@@ -501,6 +503,14 @@ class ClientConnection(asyncio.Protocol):
         self._deadline_s = self._server.now_s() + _LINGER_S
         if transport.can_write_eof():
             transport.write_eof()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Close with a reset: all that tells a broken answer from a proper end where the end is the close."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def protocol_factory(server: Server) -> Callable[[], ClientConnection]:

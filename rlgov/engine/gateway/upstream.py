@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_BYTES: Final = 256 * 1024  # of a response; an engine in order stays far below
 _NO_BODY: Final = frozenset({204, 304})
-_INFORMATIONAL: Final = 200  # statuses below are followed by the real one
-_SWITCHING_PROTOCOLS: Final = 101
+_INFORMATIONAL: Final = 200  # below: the real one follows, or an upgrade nobody asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._keep = False  # a second response to one request: not to be trusted with another
             return
         status = self._parser.get_status_code()
-        if status < _INFORMATIONAL and status != _SWITCHING_PROTOCOLS:
+        if status < _INFORMATIONAL:
             self._headers = []
             return
         length: int | None = None

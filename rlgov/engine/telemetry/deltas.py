@@ -147,14 +147,6 @@ def _histogram_change(before: Histogram, after: Histogram) -> Histogram | None:
     return Histogram(before.bounds, counts, max(after.sum - before.sum, 0.0), counts[-1])
 
 
-def merged(histograms: list[Histogram]) -> Histogram | None:
-    """Observations of several engines together; None without any, or when their buckets differ."""
-    if not histograms or any(one.bounds != histograms[0].bounds for one in histograms):
-        return None
-    counts = tuple(math.fsum(column) for column in zip(*(one.counts for one in histograms), strict=True))
-    return Histogram(histograms[0].bounds, counts, math.fsum(one.sum for one in histograms), counts[-1])
-
-
 class Quantile(NamedTuple):
     """A quantile read off a histogram."""
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.engine.samples import EngineSample, Histogram
-from rlgov.engine.telemetry.deltas import difference, merged, quantile, share_above
+from rlgov.engine.telemetry.deltas import difference, quantile, share_above
 from rlgov.engine.telemetry.page import sample_from_page
 from rlgov.engine.telemetry.progress import Progress
 from rlgov.errors import ConfigError
@@ -169,13 +169,6 @@ def test_a_histogram_errs_by_its_bucket_at_most(values: list[float], q: float, l
     assert share is not None
     above = [sum(value > at for value in values) / len(values) for at in (limit - 0.05, limit + 0.05)]
     assert above[1] - 1e-9 <= share <= above[0] + 1e-9
-
-
-def test_histograms_of_several_engines_add_up() -> None:
-    both = merged([histogram(0.05, 0.2), histogram(0.7)])
-    assert both == histogram(0.05, 0.2, 0.7)
-    assert merged([]) is None
-    assert merged([histogram(0.1), histogram(0.1, bounds=(0.2, math.inf))]) is None
 
 
 # --------------------------------------------------------------------------- progress

@@ -104,6 +104,13 @@ def family(leader: ProcessIdentity, mark: str | None = None) -> list[ProcessIden
     ]
 
 
+def is_helper(identity: ProcessIdentity) -> bool:
+    """Whether this is Python's own helper, which tidies up when all others have ended."""
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in (_PROC / str(identity.pid) / "cmdline").read_bytes()
+    return False
+
+
 def boot_id() -> str:
     """Differs after every boot of the machine."""
     return _BOOT_ID.read_text(encoding="ascii").strip()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
@@ -25,7 +24,8 @@ from rlgov.engine.client import (
     UnreachableError,
 )
 from rlgov.engine.diagnosis import failure, rotate
-from rlgov.engine.identity import ProcessIdentity, family, identify, is_running, send_signal
+from rlgov.engine.identity import ProcessIdentity, family, identify, is_helper, is_running, send_signal
+from rlgov.engine.spawn import check_port, kill_family, spawn
 from rlgov.engine.spec import EngineSpec
 from rlgov.errors import EngineError
 
@@ -40,10 +40,9 @@ SLOWEST_POLL_S = 0.5  # of /health while the engine loads its model
 WARM_UP_TOKENS = 8
 SLEEP_S = 120.0  # weights of tens of GB go through the host's memory
 LEFTOVER_S = 3.0  # for helpers that tidy up after the API server has gone, before they are killed
-KILL_S = 10.0
 END_S = 2.0
+HOLLOW_S = 10.0  # an API server whose engine has gone may still be handing out the last answers
 PLUGIN_RACE_S = 10.0
-_HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD)
 
 
 class EngineProcess:
@@ -64,6 +63,7 @@ class EngineProcess:
         self._cap_by: str | None = None
         self._plugin = spec.plugin
         self._plugin_samples = spec.plugin
+        self._stopping = False
         self._client = EngineClient(
             host=spec.host,
             port=spec.port,
@@ -83,9 +83,9 @@ class EngineProcess:
         """
         command = command_line(spec)
         environment = process_environment(spec)
-        _check_port(spec)
+        check_port(spec)
         rotate(spec.log_path)
-        pid = _spawn(spec, command, environment)
+        pid = spawn(spec, command, environment)
         identity = identify(pid)
         if identity is None:  # our own child stays visible until we ask for its exit status
             raise EngineError(f"/proc does not show process {pid}: rlgov needs Linux with /proc mounted")
@@ -173,8 +173,12 @@ class EngineProcess:
         """Whether a request of one token is answered in time.
 
         It queues behind other requests like any other: False of an engine that is full says little; then look
-        at the progress of its counters. Never ask an engine that sleeps.
+        at the progress of its counters. Never ask an engine that sleeps. One that is being stopped is not
+        asked at all: a request that reaches vLLM late in its shutdown is never answered, and keeps it from
+        ending.
         """
+        if self._stopping:
+            return False
         try:
             await self._client.complete(1, timeout_s)
         except EngineError:
@@ -264,7 +268,7 @@ class EngineProcess:
 
         SIGTERM goes to the API server alone, which lets requests in flight finish within the shutdown
         timeout; what lives after ``grace_s``, or after the API server's end, is killed: its session and
-        descendants.
+        descendants. An API server that outlives its engine waits for a client for ever: it is killed, too.
 
         Args:
             grace_s: Longer than the shutdown timeout, or requests are lost; 0 kills at once.
@@ -275,10 +279,11 @@ class EngineProcess:
         Raises:
             EngineError: Processes of it cannot be killed: they hang in the kernel or a driver.
         """
+        self._stopping = True
         known = family(self.identity, self._mark)
-        if grace_s > 0 and self.alive and send_signal(self.identity, signal.SIGTERM):
-            ended = await self._wait_gone([self.identity], grace_s)
-            if ended:
+        if grace_s > 0 and send_signal(self.identity, signal.SIGTERM):
+            await self._wait_ended(known, grace_s)
+            if not self.alive:
                 await self._wait_gone(family(self.identity, self._mark), LEFTOVER_S)
         await kill_family(self.identity, self._clock, mark=self._mark, known=known)
         return self.exit_code
@@ -302,6 +307,20 @@ class EngineProcess:
         name = f"engine {self.spec.engine_id} ({self.spec.model}, TP {self.spec.tp_degree})"
         return failure(f"{name} {what}", self.spec.log_path)
 
+    async def _wait_ended(self, known: list[ProcessIdentity], grace_s: float) -> None:
+        """Wait until the API server has ended, for ``grace_s``, or until only its shell is left."""
+        engine = [one for one in known if one != self.identity and not is_helper(one)]
+        now_s = self._clock.monotonic_s()
+        until_s = now_s + grace_s
+        hollow_s = now_s
+        while self.alive and now_s < until_s:
+            if not engine or any(map(is_running, engine)):
+                hollow_s = now_s
+            elif now_s - hollow_s >= HOLLOW_S:
+                return
+            await asyncio.sleep(POLL_S)
+            now_s = self._clock.monotonic_s()
+
     async def _wait_gone(self, processes: list[ProcessIdentity], timeout_s: float) -> bool:
         until_s = self._clock.monotonic_s() + timeout_s
         while any(map(is_running, processes)):
@@ -309,88 +328,3 @@ class EngineProcess:
                 return False
             await asyncio.sleep(POLL_S)
         return True
-
-
-async def kill_family(
-    leader: ProcessIdentity,
-    clock: Clock,
-    *,
-    mark: str | None = None,
-    known: list[ProcessIdentity] | None = None,
-) -> int:
-    """Kill a session leader and everything that belongs to it, also after it has gone itself.
-
-    Args:
-        leader: The process that was started in a session of its own.
-        clock: Bounds the wait.
-        mark: As in :func:`rlgov.engine.identity.family`.
-        known: Processes seen to belong to it earlier.
-
-    Returns:
-        How many processes were killed.
-
-    Raises:
-        EngineError: Some cannot be killed.
-    """
-    killed: set[ProcessIdentity] = set()
-    until_s = clock.monotonic_s() + KILL_S
-    while True:
-        left = [one for one in {*family(leader, mark), *(known or [])} if is_running(one)]
-        if not left:
-            return len(killed)
-        if clock.monotonic_s() >= until_s:
-            pids = sorted(one.pid for one in left)
-            raise EngineError(
-                f"processes {pids} do not end on SIGKILL: they hang in the kernel or a driver; see dmesg "
-                "and nvidia-smi, and start no other engine on their GPUs"
-            )
-        # New ones may have been forked meanwhile: until none is left.
-        for one in left:
-            with suppress(PermissionError):
-                if send_signal(one, signal.SIGKILL):
-                    killed.add(one)
-        await asyncio.sleep(POLL_S / 5)
-
-
-def _check_port(spec: EngineSpec) -> None:
-    kind = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
-    with socket.socket(kind, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((spec.host, spec.port))
-            probe.listen(1)
-        except OSError as error:
-            raise EngineError(
-                f"engine {spec.engine_id} cannot listen at {spec.host}:{spec.port}: {error}; choose another "
-                "port or end the process that listens there"
-            ) from None
-
-
-def _spawn(spec: EngineSpec, command: list[str], environment: dict[str, str]) -> int:
-    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    try:
-        log = os.open(spec.log_path, append, 0o640)
-    except OSError as error:
-        raise EngineError(f"the log {spec.log_path} cannot be written: {error}") from None
-    try:
-        # Not subprocess.Popen: its object expects to outlive the process, and an engine outlives rlgov.
-        return os.posix_spawnp(
-            command[0],
-            command,
-            environment,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, log, 1),
-                (os.POSIX_SPAWN_DUP2, log, 2),
-            ],
-            setsid=True,
-            setsigmask=(),
-            setsigdef=_HANDLED,
-        )
-    except OSError as error:
-        raise EngineError(
-            f"engine {spec.engine_id}: {command[0]} cannot be run: {error.strerror}; name the vllm program "
-            "of an environment in which vLLM is installed"
-        ) from None
-    finally:
-        os.close(log)

@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 
 from rlgov.clock import SystemClock
+from rlgov.engine import process
 from rlgov.engine.client import RefusedError
 from rlgov.engine.identity import ProcessIdentity, family, identify, is_running
 from rlgov.engine.process import EngineProcess, EngineSpec, kill_family
@@ -178,6 +179,21 @@ def test_an_engine_that_does_not_end_is_killed_with_all_it_started(
         assert await engine.stop(grace_s) == -signal.SIGKILL
         assert not any(map(is_running, members))
         assert await engine.stop(grace_s) == -signal.SIGKILL  # again does no harm
+
+    asyncio.run(play())
+
+
+def test_an_api_server_that_outlives_its_engine_is_not_waited_for(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "HOLLOW_S", 0.2)
+    spec = make_spec("--fake-fault", 'drain="hollow"')
+
+    async def play() -> None:
+        engine = await _started(spec)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await engine.stop(100 * PATIENCE_S) == -signal.SIGKILL
+        assert not await engine.probe(PATIENCE_S)
 
     asyncio.run(play())
 
@@ -436,7 +452,7 @@ def test_a_broken_plugin_is_an_error_and_not_a_sample(make_spec: MakeSpec, fault
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("fault", ["empty", "html", "500", "nan"])
+@pytest.mark.parametrize("fault", ["empty", "truncated", "html", "500", "nan"])
 def test_a_broken_page_is_an_error_and_not_a_sample(make_spec: MakeSpec, fault: str) -> None:
     async def play() -> None:
         engine = await _started(make_spec(plugin=False))
@@ -467,7 +483,8 @@ def test_another_engine_at_the_same_place_is_noticed(make_spec: MakeSpec) -> Non
         assert adopted is not None
         with pytest.raises(EngineError, match=f"another engine .{engine.spec.engine_id}"):
             await adopted.sample(PATIENCE_S)
-        stranger = EngineProcess.adopt(replace(engine.spec, token="wrong"), engine.identity, CLOCK)  # noqa: S106
+        other_token = replace(engine.spec, token="wrong")  # noqa: S106  # of a fake
+        stranger = EngineProcess.adopt(other_token, engine.identity, CLOCK)
         assert stranger is not None
         with pytest.raises(EngineError, match="token"):
             await stranger.sample(PATIENCE_S)

@@ -274,6 +274,12 @@ class Server:
                 subprocess.Popen(["sleep", "100000"], start_new_session=own_session)  # noqa: S607  # any sleep does
             )
 
+    def end_children(self) -> None:
+        """As the API server does when its engine has drained."""
+        for child in self.children:
+            child.kill()
+            child.wait()
+
     def on_signal(self, number: int) -> None:
         """SIGTERM and SIGINT."""
         self.signals.append(number)
@@ -323,14 +329,15 @@ class Server:
                 loop.call_later(options.fake_exit_after_s, os._exit, 1)
             await self.stopping.wait()
             await self.drain()
+            if self.faults.drain == "hollow":
+                self.end_children()
+                await asyncio.Event().wait()
         finally:
             await runner.cleanup()
             if iterating is not None:
                 iterating.cancel()
             listener.close()
-            for child in self.children:
-                child.kill()
-                child.wait()
+            self.end_children()
 
 
 def _log(line: str) -> None:

@@ -44,7 +44,7 @@ class Faults:
     drop_after_tokens: int = 1  # with requests=drop: the connection breaks after so many tokens
     slow_s: float = 30.0
     ignore_sigterm: bool = False
-    drain: str = "ok"  # ok, stuck (in-flight requests never end)
+    drain: str = "ok"  # ok, stuck (in-flight requests never end), hollow (ends its engine, not itself)
 
     def update(self, changes: dict[str, Any]) -> None:
         """Change some. Raises ValueError for an unknown name."""

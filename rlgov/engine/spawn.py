@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlgov.engine.identity import ProcessIdentity, family, is_running, send_signal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.01
 KILL_S = 10.0
+STDERR = 2
 _HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD)
 
 
@@ -94,6 +96,7 @@ def spawn(spec: EngineSpec, command: list[str], environment: dict[str, str]) -> 
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, log, 1),
                 (os.POSIX_SPAWN_DUP2, log, 2),
+                *((os.POSIX_SPAWN_CLOSE, number) for number in _inheritable()),
             ],
             setsid=True,
             setsigmask=(),
@@ -106,3 +109,14 @@ def spawn(spec: EngineSpec, command: list[str], environment: dict[str, str]) -> 
         ) from None
     finally:
         os.close(log)
+
+
+def _inheritable() -> list[int]:
+    """Open files that would go down to a child: an engine would hold them, say a lock, for all its life."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        number = int(entry.name)
+        with suppress(OSError):  # the listing has closed its own
+            if number > STDERR and os.get_inheritable(number):
+                found.append(number)
+    return found

@@ -146,6 +146,22 @@ def test_from_launch_to_stop(make_spec: MakeSpec) -> None:
     asyncio.run(play())
 
 
+def test_an_engine_keeps_no_file_of_its_parent_open(make_spec: MakeSpec) -> None:
+    async def play() -> None:
+        reading, writing = os.pipe()
+        os.set_inheritable(writing, True)  # noqa: FBT003  # its only argument
+        try:
+            engine = await _started(make_spec())
+        finally:
+            os.close(writing)
+        assert is_running(engine.identity)
+        os.set_blocking(reading, False)  # noqa: FBT003  # as above
+        assert os.read(reading, 1) == b""  # its end: nobody else could still write
+        os.close(reading)
+
+    asyncio.run(play())
+
+
 def test_stop_lets_requests_in_flight_finish(make_spec: MakeSpec) -> None:
     spec = make_spec("--fake-token-ms", "10")
 

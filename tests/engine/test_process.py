@@ -155,7 +155,7 @@ def test_an_engine_keeps_no_file_of_its_parent_open(make_spec: MakeSpec) -> None
         finally:
             os.close(writing)
         assert is_running(engine.identity)
-        os.set_blocking(reading, False)  # noqa: FBT003  # as above
+        os.set_blocking(reading, False)
         assert os.read(reading, 1) == b""  # its end: nobody else could still write
         os.close(reading)
 

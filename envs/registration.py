@@ -11,8 +11,9 @@ import gymnasium
 
 if TYPE_CHECKING:
     from rlgov.clock import Clock
-    from rlgov.deployments.live import LiveDeployment, Workload
+    from rlgov.deployments.live import LiveDeployment
     from rlgov.deployments.live_open import HardwareChoice, OpenStack
+    from rlgov.deployments.live_parts import Workload
     from rlgov.envs.guard import GuardSettings
     from rlgov.envs.reward import Reference
     from rlgov.envs.serving_env import ServingEnv

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import requests
 
-from rlgov.deployments.live import LiveDeployment, LiveSettings
+from rlgov.deployments.live import LiveDeployment
 from rlgov.deployments.live_limits import live_limits
+from rlgov.deployments.live_parts import LiveSettings
 from rlgov.deployments.scraped import ScrapedWindows
 from rlgov.engine.samples import EngineInfo, StackInterval, StackLimits, StackState, Traffic
 from rlgov.engine.telemetry.scraper import Scraper
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rlgov.clock import Clock
-    from rlgov.deployments.live import Workload
     from rlgov.deployments.live_open import GpuGroup
+    from rlgov.deployments.live_parts import Workload
     from rlgov.engine.telemetry.scraper import Reading
     from rlgov.hardware.meter import MeterReading
     from rlgov.journal import Request

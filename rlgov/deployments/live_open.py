@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from rlgov.deployments.live import LiveDeployment, LiveSettings, Stack
+from rlgov.deployments.live import LiveDeployment
 from rlgov.deployments.live_limits import live_limits
+from rlgov.deployments.live_parts import LiveSettings, Stack
 from rlgov.deployments.measured import MeasuredWindows
 from rlgov.engine.control.client import StackClient
 from rlgov.errors import DeploymentError
@@ -16,7 +17,7 @@ from rlgov.hardware.hardware import open_hardware
 
 if TYPE_CHECKING:
     from rlgov.clock import Clock
-    from rlgov.deployments.live import Workload
+    from rlgov.deployments.live_parts import Workload
     from rlgov.engine.samples import StackLimits
     from rlgov.hardware.clocks import ClockControl
     from rlgov.hardware.meter import Meter

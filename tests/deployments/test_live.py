@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlgov.deployments.live import LiveDeployment, LiveSettings
+from rlgov.deployments.live import LiveDeployment
 from rlgov.deployments.live_limits import LiveLimits
 from rlgov.deployments.live_open import open_live
+from rlgov.deployments.live_parts import LiveSettings
 from rlgov.deployments.measured import MeasuredWindows
 from rlgov.deployments.recorded import RecordedDeployment
 from rlgov.deployments.replayed import recorded_trace

@@ -14,7 +14,8 @@ import pytest
 
 from rlgov.clock import SystemClock
 from rlgov.deployments.attached import attach_live
-from rlgov.deployments.live import LiveDeployment, LiveSettings
+from rlgov.deployments.live import LiveDeployment
+from rlgov.deployments.live_parts import LiveSettings
 from rlgov.errors import DeploymentError, EngineError
 from rlgov.records import Configuration, Window
 from rlgov.simulation.profile import load_profile

@@ -91,7 +91,7 @@ class _DeadlyFolder(RunFolder):
 
 
 async def _request(session: aiohttp.ClientSession, port: int) -> None:
-    body = {"prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}
+    body = {"prompt": [1, 2, 3], "max_tokens": 120, "ignore_eos": True}
     with contextlib.suppress(aiohttp.ClientError):
         async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
             await answer.read()

@@ -21,7 +21,7 @@ from rlgov.clock import SystemClock
 from rlgov.engine.control.schema import ConfigurationRequest
 from rlgov.engine.samples import EngineInfo, StackState
 from rlgov.engine.stack import Stack
-from rlgov.engine.stack_settings import StackSettings, Timing
+from rlgov.engine.stack_settings import StackSettings
 from rlgov.engine.switch.machine import Strategy
 from tests.fakes.stack import QUICK, settings_for
 
@@ -163,6 +163,36 @@ class Bench:
         return {name: float(value) for name, value in lines}
 
 
+class Processes:
+    """Looks at the processes of stacks, and asks one request of a gateway."""
+
+    engines = staticmethod(engine_processes)
+    all = staticmethod(any_processes)
+
+    @staticmethod
+    async def request(port: int) -> str:
+        async with aiohttp.ClientSession() as session:
+            return await Load(port).stream(session, 5)
+
+    @staticmethod
+    def impatient(settings: StackSettings) -> StackSettings:
+        """With little patience for an engine that does not answer."""
+        return replace(settings, timing=replace(settings.timing, probe_timeout_s=1.0))
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Whatever of ``tmp_path / "run"`` still runs after the test is killed."""
+    yield Processes()
+    _kill_all(tmp_path / "run")
+
+
+def _kill_all(run: Path) -> None:
+    for pid in any_processes(run):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 Run = Callable[..., None]
 
 
@@ -189,9 +219,7 @@ def bench(tmp_path: Path) -> Iterator[Run]:
         assert any_processes(run) == set(), "an engine was left behind"
 
     yield start
-    for pid in any_processes(run):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    _kill_all(run)
 
 
 async def _bench(test: Callable[[Bench], Awaitable[None]], settings: StackSettings) -> None:
@@ -201,6 +229,3 @@ async def _bench(test: Callable[[Bench], Awaitable[None]], settings: StackSettin
         await test(Bench(stack, settings.run))
     finally:
         await stack.close(grace_s=0.0)
-
-
-__all__ = ["Bench", "Load", "Run", "Timing", "any_processes", "engine_processes"]

@@ -52,6 +52,10 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         "there are fewer GPUs than the TP degree needs: leave this degree out, or give more GPUs",
     ),
     (
+        r"Not enough allowed NUMA nodes",
+        "on a CPU each rank needs cores of its own: set VLLM_CPU_OMP_THREADS_BIND, e.g. '0|1' for TP 2",
+    ),
+    (
         r"No module named 'rlgov|Failed to load plugin rlgov|Error resolving .*rlgov",
         (
             "rlgov is not installed in vLLM's environment: install it there (without its extras), or run "

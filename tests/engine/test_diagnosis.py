@@ -26,6 +26,7 @@ CONSEQUENCE = "RuntimeError: Engine core initialization failed. See root cause a
             "degree",
         ),
         ("ValueError: World size (4) is larger than the number of available GPUs (2)", "fewer GPUs"),
+        ("AssertionError: Not enough allowed NUMA nodes to bind threads of 2 CPUWorkers.", "THREADS_BIND"),
         ("ModuleNotFoundError: No module named 'rlgov'", "without the plugin"),
     ],
 )

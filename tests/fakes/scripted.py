@@ -1,4 +1,4 @@
-"""The two ends of a gateway as bare sockets: an engine that follows a script, and a client that sees bytes."""
+"""The two ends of a gateway as bare sockets: an engine with a script, and a client that sees bytes."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ class Heard:
     headers: dict[str, str]
     body: bytes
     connection: int  # the how-manieth
+    number: int = 0  # among all that the engine has heard
 
 
 @dataclass
@@ -130,10 +131,11 @@ class ScriptedEngine:
             while not writer.is_closing():
                 heard = await _read_request(reader, number)
                 self.heard.append(heard)
+                heard.number = len(self.heard)
                 answering = asyncio.ensure_future(self.script(heard, Line(writer)))
                 watching = asyncio.ensure_future(reader.read(1))
                 await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
-                if not answering.done():
+                if not answering.done() or isinstance(answering.exception(), ConnectionError):
                     self.abandoned += 1
                 for task in (answering, watching):
                     task.cancel()

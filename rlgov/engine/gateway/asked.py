@@ -12,6 +12,7 @@ from rlgov.engine.gateway.paths import Kind
 if TYPE_CHECKING:
     from rlgov.engine.gateway.wire import Request
 
+_READ_BYTES: Final = 8 * 1024 * 1024  # reading more would keep every other stream waiting for too long
 _USAGE: Final = b'{"stream_options":{"include_usage":true},'
 _NO_TOKENS: Final = re.compile(rb'"max_(?:completion_|output_)?tokens"\s*:\s*0\s*[,}]')
 
@@ -28,9 +29,12 @@ class Asked:
 def read(kind: Kind, request: Request) -> Asked:
     """Look at a request body, and add ``stream_options.include_usage`` to a stream that lacks it.
 
-    A body that cannot be read goes to the engine as it is, which knows best what to say about it.
+    A body that cannot be read goes to the engine as it is, which knows best what to say about it. So does a
+    very large one; its answer then holds no counts of tokens unless the client asked for them.
     """
     body = request.body
+    if len(body) > _READ_BYTES:
+        return Asked(body)
     if kind is Kind.RESPONSES:
         background = b'"background"' in body and bool(_parsed(body).get("background"))
         return Asked(body, detached=background)

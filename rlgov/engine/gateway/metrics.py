@@ -209,6 +209,7 @@ async def fetch_page(pool: Pool, upstream: Upstream, timeout_s: float) -> bytes 
             connection.send(_Page(done), (request,), head_request=False)
             return await done
     except OSError:  # TimeoutError is one
-        if connection is not None:
-            connection.abort()
         return None
+    finally:
+        if connection is not None and connection.busy:
+            connection.abort()

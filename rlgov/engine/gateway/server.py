@@ -133,7 +133,7 @@ class _Refused(Exception):  # noqa: N818  # not an error of ours: a signal out o
 
 
 class ClientConnection(asyncio.Protocol):
-    """One connection of a client.
+    """One connection of a client. One that closes its sending side counts as gone, as with other proxies.
 
     Args:
         server: What connections share.

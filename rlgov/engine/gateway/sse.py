@@ -46,7 +46,7 @@ class StreamObserver:
         """
         if self._rest:
             data = self._rest + data
-        passed = []
+        passed: list[bytes] = []
         begin, search_from = 0, self._searched
         while (end := _END.search(data, search_from)) is not None:
             event = data[begin : end.end()]

@@ -150,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         return [ticket for ticket in self.tickets if ticket.place is place]
 
     @rule(limited=st.booleans())
-    def offer(self, limited: bool) -> None:
+    def offer(self, *, limited: bool) -> None:
         ticket = Ticket(len(self.tickets), limited=limited)
         assert self.queue.offer(ticket, self.now_s)
         self.tickets.append(ticket)
@@ -174,7 +174,7 @@ class Machine(RuleBasedStateMachine):
         self.queue.release(data.draw(st.sampled_from(self.tickets)))
 
     @rule(routed=st.booleans())
-    def route(self, routed: bool) -> None:
+    def route(self, *, routed: bool) -> None:
         self.queue.set_route(self.now_s, routed=routed)
         self.routed = routed
 

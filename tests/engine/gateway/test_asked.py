@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.engine.gateway.asked import Asked, read, wants_no_tokens
@@ -20,15 +20,17 @@ def asked(body: bytes | dict[str, Any], kind: Kind = Kind.CHOICES) -> Asked:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=4,
-)  # fmt: skip
+)
 keys = st.sampled_from(["prompt", "messages", "n", 'a"b', "streams"])
 
 
-@given(st.dictionaries(keys, values), st.booleans())
+@settings(deadline=None)
+@given(body=st.dictionaries(keys, values), ascii_only=st.booleans())
 def test_a_stream_asks_for_usage_and_for_nothing_else_that_is_new(
-    body: dict[str, Any], ascii_only: bool
+    *, body: dict[str, Any], ascii_only: bool
 ) -> None:
     sent = json.dumps(body | {"stream": True}, ensure_ascii=ascii_only, indent=1)
     try:
@@ -66,6 +68,7 @@ def test_options_without_usage_get_it(options: dict[str, Any] | None) -> None:
         b'{"stream": "true"}',
         b'{"stream": true, "stream_options": 5}',
         b"[" * 100_000 + b'"stream"',
+        b'{"stream": true, "prompt": "' + b"x" * 9_000_000 + b'"}',
     ],
 )
 def test_everything_else_goes_as_it_is(body: bytes) -> None:

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from rlgov.clock import VirtualClock
+from rlgov.engine.gateway.gateway import Gateway
 from rlgov.engine.samples import Outcome
 from tests.fakes.scripted import (
     WHOLE_STREAM,
@@ -35,11 +36,11 @@ def numbers(heard: list[Heard]) -> list[int]:
     return [json.loads(one.body)["prompt"] for one in heard]
 
 
-async def held_one_by_one(gateway: object, count: int) -> list[asyncio.Task[Response]]:
+async def held_one_by_one(gateway: Gateway, count: int) -> list[asyncio.Task[Response]]:
     tasks = []
     for k in range(count):
-        tasks.append(asyncio.create_task(ask(gateway, numbered(k))))  # type: ignore[arg-type]  # a gateway
-        await eventually(lambda k=k: gateway.held == k + 1)  # type: ignore[attr-defined, misc]  # a gateway
+        tasks.append(asyncio.create_task(ask(gateway, numbered(k))))
+        await eventually(lambda k=k: gateway.held == k + 1)  # type: ignore[misc]  # a default is not inferred
     return tasks
 
 
@@ -206,7 +207,7 @@ def test_a_failed_request_goes_to_the_engine_that_is_routed_next() -> None:
             (record,) = gateway.traffic(0).closed
             assert (record.outcome, record.engine_id, record.dispatches) == (Outcome.SERVED, "new", 2)
 
-    gateways: list[object] = []
+    gateways: list[Gateway] = []
     run(body())
 
 

@@ -210,8 +210,9 @@ def test_head_has_a_length_and_no_body() -> None:
 
 def test_heads_carry_what_they_should_and_nothing_of_the_other_hop() -> None:
     reply = (
-        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nX-Kept: 2\r\n"
-        b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Request-Id: engines\r\nContent-Length: 2\r\n\r\nok"
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n"
+        b"X-Kept: 2\r\nSet-Cookie: a=1\r\n"
+        b"Set-Cookie: b=2\r\nX-Request-Id: engines\r\nContent-Length: 2\r\n\r\nok"
     )
 
     async def body() -> None:
@@ -330,11 +331,13 @@ def test_large_bodies_go_both_ways() -> None:
         await line.write(answer_of(heard.body, kind="application/octet-stream"))
 
     async def body() -> None:
-        async with scripted(answer) as engine, proxy(engine.upstream()) as gateway:
-            async with aiohttp.ClientSession() as session:
-                url = f"http://127.0.0.1:{gateway.port}/echo"
-                async with session.post(url, data=io.BytesIO(large)) as response:
-                    assert await response.read() == large
+        async with (
+            scripted(answer) as engine,
+            proxy(engine.upstream()) as gateway,
+            aiohttp.ClientSession() as session,
+            session.post(f"http://127.0.0.1:{gateway.port}/echo", data=io.BytesIO(large)) as response,
+        ):
+            assert await response.read() == large
 
     run(body())
 

@@ -26,9 +26,10 @@ def test_control_is_recognised(path: str) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        b"/%72lgov/v1/cap", b"//rlgov/v1/cap", b"/v1/../rlgov/v1/cap", b"/./rlgov", b"/%2572lgov", b"/RLGOV/v1/cap",
-        b"/x/%2e%2e/rlgov", b"/v1%2f..%2frlgov", b"/v1\\..\\rlgov", b"/rlgov;x/v1", b"/rlgov%20/v1", b"/prefix/rlgov/v1",
-        b"http://elsewhere/rlgov/v1/cap", b"/%25252572lgov", b"/rlgov?x", b"/rlgov#x", b"/%2F%2Frlgov",
+        b"/%72lgov/v1/cap", b"//rlgov/v1/cap", b"/v1/../rlgov/v1/cap", b"/./rlgov", b"/%2572lgov",
+        b"/RLGOV/v1/cap", b"/x/%2e%2e/rlgov", b"/v1%2f..%2frlgov", b"/v1\\..\\rlgov", b"/rlgov;x/v1",
+        b"/rlgov%20/v1", b"/prefix/rlgov/v1", b"http://elsewhere/rlgov/v1/cap", b"/%25252572lgov",
+        b"/rlgov?x", b"/rlgov#x", b"/%2F%2Frlgov",
     ],
 )  # fmt: skip
 def test_other_spellings_are_seen_through(target: bytes) -> None:

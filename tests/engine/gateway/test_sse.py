@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.engine.gateway.paths import Kind
@@ -28,20 +29,25 @@ def observer(*, strips: bool = False, kind: Kind = Kind.CHOICES, largest: int = 
 
 def feed_in_pieces(watched: StreamObserver, data: bytes, cuts: list[int]) -> bytes:
     edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    return b"".join(watched.feed(data[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    return b"".join(watched.feed(data[a:b]) for a, b in pairwise(edges))
 
 
 any_event = st.one_of(
     st.sampled_from(
         [*TOKENS, ROLE, b": keep-alive\n\n", b"event: x\r\ndata: {}\r\n\r\n", b"data: no json\n\n"]
     ),
-    st.text(max_size=20).map(lambda text: token(text)),
+    st.text(max_size=20).map(token),
 )
 
 
-@given(st.lists(any_event, max_size=8), st.booleans(), st.lists(st.integers(min_value=0), max_size=12))
+@settings(deadline=None)
+@given(
+    events=st.lists(any_event, max_size=8),
+    strips=st.booleans(),
+    cuts=st.lists(st.integers(min_value=0), max_size=12),
+)
 def test_what_goes_in_comes_out_wherever_it_is_cut(
-    events: list[bytes], strips: bool, cuts: list[int]
+    *, events: list[bytes], strips: bool, cuts: list[int]
 ) -> None:
     data = b"".join(events)
     watched = observer(strips=strips)
@@ -181,6 +187,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["choices", "usage", "error", "type", "response", "status", "output", "x"]),
@@ -233,7 +240,7 @@ def test_a_failed_response_is_no_answer() -> None:
         ({"choices": [{"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}]}, True),
     ],
 )
-def test_whole_answers_are_judged(answer: dict[str, Any], good: bool) -> None:
+def test_whole_answers_are_judged(*, answer: dict[str, Any], good: bool) -> None:
     tally = Tally()
     read_whole(Kind.CHOICES)(tally, answer)
     assert (tally.verdict(tokens_wanted=True) is None) is good

@@ -27,27 +27,18 @@ COLUMNS = (
     "context_tokens",
     "kv_usage",
 )
-"""Of a row of the ring: the iteration's end, its own time (overlap with the last one left out), requests in
-it and waiting behind it, prompt and decode tokens computed, tokens attended to, share of KV blocks in use."""
+"""Of a row of the ring: the iteration's end, its own time (overlap with the last one left out), requests
+running in it and waiting behind it, prompt and decode tokens computed, tokens attended to, and the share of
+KV blocks in use at its end."""
 
 KEPT_ITERATIONS = 8192
+KEPT_COSTS = 1024
 ROWS_PER_ANSWER = 2048  # about 150 kB as JSON
 
 
-class Step:
-    """An iteration that was scheduled and has no result yet."""
-
-    __slots__ = ("begin_s", "completing", "context", "decode", "kv_usage", "prefill", "running", "waiting")
-
-    def __init__(self, begin_s: float) -> None:
-        self.begin_s = begin_s
-        self.prefill = 0
-        self.decode = 0
-        self.context = 0
-        self.running = 0
-        self.waiting = 0
-        self.kv_usage = 0.0
-        self.completing: list[str] = []  # their prompt is complete with it, so they get a token
+Pending = tuple[float, int, int, list[str], int, int, int, float]
+"""An iteration without a result yet: begin_s, tokens, prompt tokens among them, requests that get their first
+token by it, running, waiting, context tokens, and seconds the plugin took so far. A tuple for speed alone."""
 
 
 class Counters:
@@ -72,6 +63,7 @@ class Counters:
         "generated",
         "iterations",
         "own_s",
+        "own_times_s",
         "preemptions",
         "prefill",
         "prefilling",
@@ -94,10 +86,11 @@ class Counters:
         self.token_gap_s = 0.0
         self.busy_s = 0.0
         self.running_s = 0.0
-        self.own_s = 0.0  # spent in this accounting itself
+        self.own_s = 0.0  # spent in this accounting itself ...
+        self.own_times_s: deque[float] = deque(maxlen=KEPT_COSTS)  # ... and in each of the last iterations
         self.prefilling: set[str] = set()  # running, with prompt tokens left to compute
         self._between: set[str] = set()  # had a token, and another is to come
-        self._pending: deque[Step] = deque()
+        self._pending: deque[Pending] = deque()
         self._ring: deque[tuple[float, ...]] = deque(maxlen=kept)
         self._running = 0
         self._since_s = now_s
@@ -122,87 +115,88 @@ class Counters:
         """Requests were admitted, for the first time or again after a preemption."""
         self.prefilling.update(admitted)
 
-    def hold(self, at_s: float, running: int) -> None:
-        """From ``at_s`` on so many requests are running."""
-        self.running_s += self._running * (at_s - self._since_s)
+    def abort(self, requests: Collection[str]) -> None:
+        """Requests were ended before they were done: whatever is computed for them, nobody gets."""
+        self.failed += len(requests)
+        for pending in self._pending:
+            completing = pending[3]
+            if completing:
+                completing[:] = [request for request in completing if request not in requests]
+
+    def pause(self, at_s: float, running: int) -> None:
+        """Requests came or went at ``at_s`` without an iteration."""
+        self.running_s = self.running_until_s(at_s)
         self._since_s = at_s
         self._running = running
 
-    def begin(self, step: Step, total: int, prefill: int, completing: list[str]) -> None:
-        """An iteration was scheduled.
-
-        Args:
-            step: When it began, and what it holds; completed here.
-            total: Tokens it computes.
-            prefill: How many of these belong to requests in `prefilling`.
-            completing: Requests in `prefilling` whose prompt is complete with it.
-        """
+    def begin(self, pending: Pending) -> None:
+        """An iteration was scheduled."""
+        completing = pending[3]
         if completing:
             self.prefilling.difference_update(completing)
-        step.completing = completing
-        step.prefill = prefill
-        step.decode = total - prefill
-        self._pending.append(step)
+        self._pending.append(pending)
 
-    @property
-    def pending(self) -> int:
-        """Iterations under way."""
-        return len(self._pending)
-
-    def first(self) -> Step:
-        """The oldest iteration under way. Raises IndexError when there is none."""
-        return self._pending[0]
-
-    def end(self, now_s: float, generated: int, finished: Collection[str], running: int) -> None:
+    def end(
+        self, now_s: float, generated: int, finished: Collection[str], running: int, kv_usage: float
+    ) -> float:
         """The oldest iteration under way has its result.
 
         Args:
             now_s: Monotonic time.
             generated: Tokens that requests got by it.
-            finished: Requests that finished since the last iteration was scheduled.
+            finished: Requests that ended since the last iteration was scheduled.
             running: Requests running now.
+            kv_usage: Share of KV blocks in use now.
+
+        Returns:
+            Seconds the plugin took when the iteration began.
         """
-        step = self._pending.popleft()
-        begin_s = max(step.begin_s, self._end_s)  # with overlap: only what the last iteration left over
-        step_s = now_s - begin_s
-        # Between the ends of two iterations each request in `_between` waits for its next token.
-        self.token_gap_s += len(self._between) * (now_s - self._end_s)
-        firsts = 0
-        for request in step.completing:
-            if request not in self._between:  # else resumed after a preemption: it goes on, with one long gap
-                firsts += 1
-                self._between.add(request)
-        if finished:
-            self._between.difference_update(finished)
-        self.token_gaps += generated - firsts
-        self.generated += generated
-        self.prefill += step.prefill
-        self.iterations += 1
+        begin_s, tokens, prefill, completing, ran, waited, context, own_s = self._pending.popleft()
+        last_s = self._end_s
+        # Where iterations overlap, only what the last one left over is this one's own time.
+        step_s = now_s - max(begin_s, last_s)
         self.busy_s += step_s
-        self._end_s = now_s
-        self.hold(now_s, running)
-        self._ring.append(
-            (
-                now_s,
-                step_s,
-                step.running,
-                step.waiting,
-                step.prefill,
-                step.decode,
-                step.context,
-                step.kv_usage,
-            )
-        )
+        self.iterations += 1
+        since_s = self._since_s
+        if begin_s > since_s:
+            self.running_s += self._running * (begin_s - since_s) + ran * (now_s - begin_s)
+        else:
+            self.running_s += ran * (now_s - since_s)
+        self._since_s = self._end_s = now_s
+        self._running = running
+        # Between the ends of two iterations each request in `_between` waits for its next token.
+        between = self._between
+        self.token_gap_s += len(between) * (now_s - last_s)
+        self.generated += generated
+        self.token_gaps += generated
+        self.prefill += prefill
+        for request in completing:
+            if request not in between:  # else resumed after a preemption: it goes on, with one long gap
+                self.token_gaps -= 1
+                between.add(request)
+        if finished:
+            between.difference_update(finished)
+        self._ring.append((now_s, step_s, ran, waited, prefill, tokens - prefill, context, kv_usage))
+        return own_s
+
+    def cost(self, own_s: float) -> None:
+        """An iteration is accounted for, at this price."""
+        self.own_s += own_s
+        self.own_times_s.append(own_s)
 
     def busy_until_s(self, now_s: float) -> float:
         """Seconds spent iterating, the iteration under way included."""
         if not self._pending:
             return self.busy_s
-        return self.busy_s + now_s - max(self._pending[0].begin_s, self._end_s)
+        return self.busy_s + now_s - max(self._pending[0][0], self._end_s)
 
     def running_until_s(self, now_s: float) -> float:
-        """Request-seconds of running."""
-        return self.running_s + self._running * (now_s - self._since_s)
+        """Request-seconds of running, the iteration under way included."""
+        if not self._pending:
+            return self.running_s + self._running * (now_s - self._since_s)
+        begin_s, *_, ran, _waited, _context, _own = self._pending[0]
+        begin_s = max(begin_s, self._since_s)
+        return self.running_s + self._running * (begin_s - self._since_s) + ran * (now_s - begin_s)
 
     def rows(self, after: int) -> dict[str, Any]:
         """Iterations after a cursor, oldest first; plain types.

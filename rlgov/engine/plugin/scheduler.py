@@ -13,10 +13,10 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from rlgov.clock import SystemClock
+from rlgov.clock import system_monotonic_s
 from rlgov.engine.plugin import rpc, selftest
 from rlgov.engine.plugin.cap import Cap
-from rlgov.engine.plugin.counters import Counters, Step, sample_of
+from rlgov.engine.plugin.counters import Counters, sample_of
 
 if TYPE_CHECKING:
 
@@ -44,7 +44,7 @@ else:
     Stock = object  # the class it is mixed into comes with vLLM, at run time
 
 logger = logging.getLogger("vllm.rlgov")
-now_s = SystemClock().monotonic_s
+now_s = system_monotonic_s
 
 
 class RlgovScheduler:
@@ -136,8 +136,8 @@ class Governed(Stock):
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """End requests that are not done: aborted by their client, or failed."""
         ended = super().finish_requests(*args, **kwargs)
-        if self.rlgov_counting:
-            self.rlgov_counters.failed += len(ended)
+        if self.rlgov_counting and ended:
+            self.rlgov_counters.abort({request.request_id for request in ended})
         return ended
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,29 +147,20 @@ class Governed(Stock):
             self._rlgov_expire(begin_s)
         output = super().schedule(*args, **kwargs)
         if self.rlgov_counting:
-            own_s = now_s()
             try:
-                self._rlgov_scheduled(output, begin_s)
+                self._rlgov_scheduled(output, begin_s, now_s())
             except Exception as error:  # noqa: BLE001  # whatever it is, serving goes on
                 self._rlgov_stop_counting(error)
-            self.rlgov_counters.own_s += now_s() - own_s
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take in what an iteration computed."""
-        counted = self.rlgov_counting and scheduler_output.total_num_scheduled_tokens > 0
-        if counted:
-            self._rlgov_drop_aborted()
         result = super().update_from_output(scheduler_output, *args, **kwargs)
-        if counted:
-            end_s = now_s()
+        if self.rlgov_counting and scheduler_output.total_num_scheduled_tokens:
             try:
-                self.rlgov_counters.end(
-                    end_s, self._rlgov_generated(result), self.finished_req_ids, len(self.running)
-                )
+                self._rlgov_computed(result, now_s())
             except Exception as error:  # noqa: BLE001  # whatever it is, serving goes on
                 self._rlgov_stop_counting(error)
-            self.rlgov_counters.own_s += now_s() - end_s
         return result
 
     def rlgov_ask(self, batch_cap: int | None, lease_s: float | None) -> int:
@@ -207,55 +198,48 @@ class Governed(Stock):
             "rlgov: the lease of the batch cap is over, so it is %d again", self.max_num_active_reqs
         )
 
-    def _rlgov_scheduled(self, output: Any, begin_s: float) -> None:
-        counters = self.rlgov_counters
-        finished, preempted = output.finished_req_ids, output.preempted_req_ids
-        if finished or preempted:
-            counters.leave(finished, preempted)
-        known, new = output.scheduled_cached_reqs, output.scheduled_new_reqs
-        context = sum(known.num_computed_tokens)
-        if new:
-            counters.enter([request.req_id for request in new])
-            context += sum([request.num_computed_tokens for request in new])
-        if known.resumed_req_ids:
+    def _rlgov_scheduled(self, output: Any, begin_s: float, own_s: float) -> None:
+        """Account for an iteration that begins. Most change no request's state, and take the short way."""
+        counters, known = self.rlgov_counters, output.scheduled_cached_reqs
+        context, prefill = sum(known.num_computed_tokens), 0
+        completing: list[str] = []
+        if output.finished_req_ids or output.preempted_req_ids:
+            counters.leave(output.finished_req_ids, output.preempted_req_ids)
+        if output.scheduled_new_reqs or known.resumed_req_ids:
+            counters.enter(request.req_id for request in output.scheduled_new_reqs)
             counters.enter(known.resumed_req_ids)
-        running, waiting = self.get_request_counts()
-        counters.hold(begin_s, running)
-        total = output.total_num_scheduled_tokens
-        if total == 0:  # nothing but the news of finished requests
+            context += sum(request.num_computed_tokens for request in output.scheduled_new_reqs)
+        running, total = len(self.running), output.total_num_scheduled_tokens
+        if not total:  # nothing but the news of requests that ended
+            counters.pause(begin_s, running)
             return
-        step = Step(begin_s)
-        step.running, step.waiting = running, waiting
-        step.context = context + total
-        step.kv_usage = self.get_kv_cache_usage()
-        prefill, completing = 0, []
         if counters.prefilling:
-            scheduled, requests = output.num_scheduled_tokens, self.requests
             for name in counters.prefilling:
-                tokens = scheduled.get(name)
+                tokens = output.num_scheduled_tokens.get(name)
                 if tokens is not None:
                     prefill += tokens
-                    if not requests[name].is_prefill_chunk:
+                    if not self.requests[name].is_prefill_chunk:
                         completing.append(name)
-        counters.begin(step, total, prefill, completing)
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        counters.begin(
+            (begin_s, total, prefill, completing, running, waiting, context + total, now_s() - own_s)
+        )
 
-    def _rlgov_drop_aborted(self) -> None:
-        """A request aborted during the iteration gets no first token from it."""
-        if self.rlgov_counters.pending:
-            step = self.rlgov_counters.first()
-            if step.completing:
-                step.completing = [name for name in step.completing if name in self.requests]
-
-    def _rlgov_generated(self, result: Any) -> int:
-        """Tokens in the outputs of an iteration."""
-        count = 0
+    def _rlgov_computed(self, result: Any, end_s: float) -> None:
+        """Account for an iteration that has its result."""
+        generated, kv_usage = 0, None
         for outputs in result.values():
             if self.num_spec_tokens:
-                for each in outputs.outputs:
-                    count += len(each.new_token_ids)
+                generated += sum(len(each.new_token_ids) for each in outputs.outputs)
             else:  # a request has an output where it has a token
-                count += len(outputs.outputs)
-        return count
+                generated += len(outputs.outputs)
+            if outputs.scheduler_stats is not None:
+                kv_usage = outputs.scheduler_stats.kv_cache_usage
+        if kv_usage is None:  # vLLM was told to keep no statistics
+            kv_usage = self.get_kv_cache_usage()
+        counters = self.rlgov_counters
+        own_s = counters.end(end_s, generated, self.finished_req_ids, len(self.running), kv_usage)
+        counters.cost(own_s + now_s() - end_s)
 
     def _rlgov_waiting_tokens(self) -> int:
         """Prompt tokens still to be computed. Walks over the queue: for a reading, not for an iteration."""

@@ -63,6 +63,7 @@ class Output:
     sampling: list[StockRequest] = field(default_factory=list)
     prefill: int = 0
     begin_s: float = 0.0
+    running: int = 0
 
 
 class StockScheduler:
@@ -87,8 +88,7 @@ class StockScheduler:
         self.preempted = 0
         self.finished = 0
         self.aborted = 0
-        self.intervals: list[tuple[float, float]] = []
-        self.presence: list[tuple[float, int]] = [(clock.monotonic_s(), 0)]
+        self.intervals: list[tuple[float, float, int]] = []
 
     def add_request(self, request: StockRequest) -> None:
         self.requests[request.request_id] = request
@@ -155,7 +155,7 @@ class StockScheduler:
                 request.num_output_placeholders += 1
                 output.sampling.append(request)
         self.finished_req_ids = set()
-        self.presence.append((begin_s, len(self.running)))
+        output.running = len(self.running)
         return output
 
     def update_from_output(self, output: Output, _: object = None) -> dict[int, Any]:
@@ -172,9 +172,8 @@ class StockScheduler:
                     self.finished += 1
         if output.total_num_scheduled_tokens:
             self.prefilled += output.prefill
-            self.intervals.append((output.begin_s, self.clock.monotonic_s()))
-            self.presence.append((self.clock.monotonic_s(), len(self.running)))
-        return {0: SimpleNamespace(outputs=outputs)} if outputs else {}
+            self.intervals.append((output.begin_s, self.clock.monotonic_s(), output.running))
+        return {0: SimpleNamespace(outputs=outputs, scheduler_stats=None)} if outputs else {}
 
 
 class Bench:
@@ -190,6 +189,7 @@ class Bench:
         )
         self.queue: deque[Output] = deque()
         self.count = 0
+        self.stood_still = 0.0  # request-seconds
 
     def add(self, prompt: int, output: int) -> str:
         self.count += 1
@@ -205,6 +205,11 @@ class Bench:
         if self.queue and (len(self.queue) >= self.depth or not self.scheduler.requests):
             self.scheduler.update_from_output(self.queue.popleft(), None)
 
+    def stand_still(self, seconds: float) -> None:
+        """Nothing is scheduled for a while, as when another part of the engine holds it up."""
+        self.clock.advance_s(seconds)
+        self.stood_still += seconds * len(self.scheduler.running)
+
     def drain(self) -> None:
         for _ in range(10_000):
             if not (self.scheduler.requests or self.scheduler.finished_req_ids or self.queue):
@@ -217,17 +222,13 @@ class Bench:
         return sample
 
 
-def _union_s(intervals: list[tuple[float, float]]) -> float:
-    total, reached = 0.0, 0.0
-    for begin_s, end_s in sorted(intervals):
-        total += max(0.0, end_s - max(begin_s, reached))
-        reached = max(reached, end_s)
-    return total
-
-
-def _integral(steps: list[tuple[float, int]], until_s: float) -> float:
-    ends = [at_s for at_s, _ in steps[1:]] + [until_s]
-    return sum(level * (end_s - at_s) for (at_s, level), end_s in zip(steps, ends, strict=True))
+def _own_times_s(intervals: list[tuple[float, float, int]]) -> list[float]:
+    """Of each iteration what the ones before it have not covered; together the time with any under way."""
+    own_s, reached_s = [], 0.0
+    for begin_s, end_s, _ in intervals:
+        own_s.append(end_s - max(begin_s, reached_s))
+        reached_s = end_s
+    return own_s
 
 
 def _check_against_the_slow_account(bench: Bench, *, exact_gaps: bool) -> None:
@@ -240,8 +241,11 @@ def _check_against_the_slow_account(bench: Bench, *, exact_gaps: bool) -> None:
     assert sample["preemptions"] == stock.preempted
     assert sample["prefill_tokens"] == stock.prefilled
     assert sample["iterations"] == len(stock.intervals)
-    assert sample["busy_s"] == pytest.approx(_union_s(stock.intervals))
-    assert sample["running_s"] == pytest.approx(_integral(stock.presence, bench.clock.monotonic_s()))
+    own_s = _own_times_s(stock.intervals)
+    assert sample["busy_s"] == pytest.approx(sum(own_s))
+    # Between iterations nobody waits in this loop but where it stands still, with the requests it has.
+    at_least = sum(one * ran for one, (_, _, ran) in zip(own_s, stock.intervals, strict=True))
+    assert sample["running_s"] == pytest.approx(at_least + bench.stood_still)
     assert sample["token_gaps"] == sum(max(0, len(each) - 1) for each in times)
     if exact_gaps:
         assert sample["token_gap_s"] == pytest.approx(sum(each[-1] - each[0] for each in times if each))
@@ -279,7 +283,7 @@ def test_counts_what_a_slow_account_counts(events: list[tuple[str, Any, int]], d
             elif what == "cap":
                 rpc.rlgov_cap(bench.core, value, None)
             elif what == "wait" and not bench.queue:
-                bench.clock.advance_s(value)
+                bench.stand_still(value)
         bench.drain()
         # The gap an aborted request was waiting in has no end to be counted by; all else must agree.
         _check_against_the_slow_account(bench, exact_gaps=not aborted)

@@ -13,7 +13,7 @@ STAMP  := $(VENV)/.installed
 TORCH_PIP_ARGS ?=
 
 # Arguments for pytest, e.g. make test PYTEST_ARGS="-n 0 -x tests/envs"
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 # Arguments for the demo and the benchmark, e.g. make demo DEMO_ARGS="--help"
 DEMO_ARGS  ?=
 BENCH_ARGS ?=

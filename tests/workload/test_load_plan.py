@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.config import LoadSettings
@@ -41,6 +41,7 @@ def _settings(**changes: Any) -> LoadSettings:
     return LoadSettings(url="http://server", **changes)
 
 
+@settings(deadline=None)
 @given(requests, st.floats(0.01, 100), st.floats(0, 90), st.floats(0.1, 100))
 def test_a_slice_sped_up_holds_its_requests_at_their_scaled_times(
     rows: list[tuple[float, int, int, float]], rate_scale: float, from_s: float, span_s: float
@@ -48,12 +49,12 @@ def test_a_slice_sped_up_holds_its_requests_at_their_scaled_times(
     trace = _trace(rows)
     to_s = min(from_s + span_s, 100.0)
     inside = np.flatnonzero((trace.arrival_s >= from_s) & (trace.arrival_s < to_s))
-    settings = _settings(from_s=from_s, to_s=to_s, rate_scale=rate_scale)
+    wanted = _settings(from_s=from_s, to_s=to_s, rate_scale=rate_scale)
     if inside.size == 0:
         with pytest.raises(TraceError, match="no request"):
-            build_plan(trace, settings)
+            build_plan(trace, wanted)
         return
-    plan = build_plan(trace, settings)
+    plan = build_plan(trace, wanted)
     assert plan.prompt_tokens.tolist() == trace.prompt_tokens[inside].tolist()
     assert plan.output_tokens.tolist() == trace.output_tokens[inside].tolist()
     assert plan.prefix_tokens.tolist() == trace.prefix_hit_tokens[inside].tolist()
@@ -62,6 +63,7 @@ def test_a_slice_sped_up_holds_its_requests_at_their_scaled_times(
     assert [request.index for request in plan] == list(range(len(plan)))
 
 
+@settings(deadline=None)
 @given(requests, st.floats(0.5, 120))
 def test_a_duration_leaves_out_what_would_be_sent_later(
     rows: list[tuple[float, int, int, float]], duration_s: float
@@ -77,6 +79,7 @@ def test_a_duration_leaves_out_what_would_be_sent_later(
     assert len(build_plan(trace, _settings(duration_s=duration_s, concurrency=3))) == len(trace)
 
 
+@settings(deadline=None)
 @given(requests, st.integers(2, 6000))
 def test_trimming_fits_every_request_and_changes_none_that_fits(
     rows: list[tuple[float, int, int, float]], limit: int

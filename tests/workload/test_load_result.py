@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.workload.load_result import (
@@ -92,6 +92,7 @@ def test_nothing_measured_is_none_and_not_zero() -> None:
     assert summary.attainment == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), max_size=30))
 def test_the_peak_is_that_of_a_count_at_every_moment(spans: list[tuple[int, int]]) -> None:
     rows = [_row(i, dispatched_s=float(a), finished_s=float(a + n)) for i, (a, n) in enumerate(spans)]

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.workload.load_stream import TAIL_BYTES, StreamScan
@@ -29,6 +29,7 @@ def _scan(*pieces: bytes) -> StreamScan:
     return scan
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.lists(st.integers(0, 60_000), max_size=30))
 def test_it_does_not_matter_where_the_stream_is_cut(tokens: int, cuts: list[int]) -> None:
     data = _stream(*[TOKEN] * tokens, LAST, USAGE, "[DONE]")
@@ -46,6 +47,7 @@ def test_it_does_not_matter_where_the_stream_is_cut(tokens: int, cuts: list[int]
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12))
 def test_small_reads_of_every_size(size: int) -> None:
     data = _stream(TOKEN, LAST, USAGE, "[DONE]")
@@ -54,6 +56,7 @@ def test_small_reads_of_every_size(size: int) -> None:
     assert scan.end().output_tokens == 3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12))
 def test_lines_may_end_with_carriage_return_and_line_feed(size: int) -> None:
     data = _stream(TOKEN, LAST, USAGE, "[DONE]").replace(b"\n", b"\r\n")
@@ -106,6 +109,7 @@ def test_a_stream_that_was_cut_has_no_end() -> None:
     assert end.output_tokens is None
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.binary(max_size=400))
 def test_no_bytes_are_too_strange(head: bytes, tail: bytes) -> None:
     scan = _scan(head, tail)

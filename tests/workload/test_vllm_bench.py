@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlgov.config import LoadSettings
@@ -71,6 +71,7 @@ def _settings(folder: Path, **changes: Any) -> LoadSettings:
     return LoadSettings(**(usual | changes))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=12))
 def test_the_trace_file_holds_lengths_times_and_common_blocks(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, float]]

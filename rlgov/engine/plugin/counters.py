@@ -102,7 +102,11 @@ class Counters:
         self.prompt += prompt_tokens
 
     def leave(self, finished: Collection[str], preempted: Collection[str] | None) -> None:
-        """Requests finished or were preempted since the last iteration was scheduled."""
+        """Requests ended or were preempted since the last iteration was scheduled.
+
+        vLLM schedules between any two results as long as there is such news, so this always comes before
+        the next result is accounted for.
+        """
         if finished:
             self.ended += len(finished)
             self.prefilling.difference_update(finished)
@@ -136,15 +140,12 @@ class Counters:
             self.prefilling.difference_update(completing)
         self._pending.append(pending)
 
-    def end(
-        self, now_s: float, generated: int, finished: Collection[str], running: int, kv_usage: float
-    ) -> float:
+    def end(self, now_s: float, generated: int, running: int, kv_usage: float) -> float:
         """The oldest iteration under way has its result.
 
         Args:
             now_s: Monotonic time.
             generated: Tokens that requests got by it.
-            finished: Requests that ended since the last iteration was scheduled.
             running: Requests running now.
             kv_usage: Share of KV blocks in use now.
 
@@ -174,8 +175,6 @@ class Counters:
             if request not in between:  # else resumed after a preemption: it goes on, with one long gap
                 self.token_gaps -= 1
                 between.add(request)
-        if finished:
-            between.difference_update(finished)
         self._ring.append((now_s, step_s, ran, waited, prefill, tokens - prefill, context, kv_usage))
         return own_s
 

@@ -238,7 +238,7 @@ class Governed(Stock):
         if kv_usage is None:  # vLLM was told to keep no statistics
             kv_usage = self.get_kv_cache_usage()
         counters = self.rlgov_counters
-        own_s = counters.end(end_s, generated, self.finished_req_ids, len(self.running), kv_usage)
+        own_s = counters.end(end_s, generated, len(self.running), kv_usage)
         counters.cost(own_s + now_s() - end_s)
 
     def _rlgov_waiting_tokens(self) -> int:

@@ -415,6 +415,21 @@ def test_a_request_preempted_in_its_prompt_waits_for_all_of_it(monkeypatch: pyte
     assert bench.sample()["prefill_tokens"] == 164
 
 
+def test_a_preemption_between_two_tokens_is_one_long_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    name = bench.add(10, 5)
+    for seconds in (0.1, 0.1, 0.1):
+        bench.step(seconds)
+    bench.scheduler.to_preempt.add(name)
+    bench.step(1.0)  # computes nothing
+    bench.step(0.1)  # prompt and three tokens again, and the fourth
+    bench.step(0.1)
+    sample = bench.sample()
+    assert (sample["generated_tokens"], sample["token_gaps"], sample["preemptions"]) == (5, 4, 1)
+    assert sample["token_gap_s"] == pytest.approx(0.1 + 0.1 + 1.1 + 0.1)
+    assert sample["prefill_tokens"] == 10 + 13
+
+
 def test_an_error_in_the_counting_ends_the_counting_and_not_the_engine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

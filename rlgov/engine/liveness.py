@@ -39,11 +39,17 @@ class Progress:
         """After a probe; an answer is progress."""
         return Progress(now_s if answered else self.moved_s, now_s, self.work, self.busy)
 
-    def needs_probe(self, now_s: float, hung_after_s: float, idle_probe_s: float) -> bool:
+    def needs_probe(self, now_s: float, hung_after_s: float, idle_probe_s: float, *, hung: bool) -> bool:
         """Whether to ask the engine for one token: its work stands still, or it has had none for long.
 
         An engine that gets on with its work is not asked: the probe would only join the queue.
+
+        Args:
+            now_s: Monotonic time.
+            hung_after_s: Without progress for this time, work stands still.
+            idle_probe_s: Between two probes of an engine without work.
+            hung: It gave no answer the last time.
         """
         if self.busy:
             return now_s - max(self.moved_s, self.probed_s) >= hung_after_s
-        return now_s - self.probed_s >= idle_probe_s
+        return now_s - self.probed_s >= (hung_after_s if hung else idle_probe_s)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from rlgov.engine.fleet import READABLE, Engine, Phase, headline
+from rlgov.engine.fleet import Engine, Phase, headline
 from rlgov.engine.identity import boot_id
 from rlgov.engine.liveness import Progress
 from rlgov.engine.serving import EXPECTED_FAILURES
@@ -14,13 +14,12 @@ from rlgov.engine.switch.executor import carry_out
 from rlgov.engine.switch.feasibility import Refusals
 from rlgov.engine.switch.hands import SwitchHands
 from rlgov.engine.switch.journal import STATE_SCHEMA, StackRecord, SwitchRecord
-from rlgov.engine.switch.leftovers import kill_leftovers
 from rlgov.engine.switch.machine import Outcome, Role, Strategy, Switch, plan
-from rlgov.engine.switch.recovery import recover
+from rlgov.engine.takeover import take_over
 from rlgov.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from rlgov.clock import Clock
     from rlgov.engine.fleet import Fleet
@@ -73,7 +72,7 @@ class Supervisor:
         self._failures = 0  # starts in a row that failed, or engines that died soon after
         self._record: SwitchRecord | None = None
         self._moving: asyncio.Task[None] | None = None  # a switch or a restart
-        self._watching: asyncio.Task[None] | None = None
+        self._looking: list[asyncio.Task[None]] = []
         self.strategy = offered.strategy
         self.degree = offered.start_degree
         self.switch_s: dict[int, float] = {}
@@ -127,17 +126,24 @@ class Supervisor:
         Raises:
             EngineError: The first engine does not start.
         """
-        engine = await self._take_over(record) if record is not None else None
+        engine = None
+        if record is not None:
+            self.switch_s = {d: s for d, s in record.switch_s.items() if d in self._offer.tp_degrees}
+            self._fleet.kv_capacity_tokens = dict(record.kv_capacity_tokens)
+            engine = await take_over(record, self._fleet, self._timing)
         if engine is None:
             if self.strategy is Strategy.SLEEP:
                 await self._fill_pool()
             engine = await self._start(self._offer.start_degree)
         await self._serve(engine)
-        self._watching = asyncio.ensure_future(self._watch())
+        self._looking = [
+            asyncio.ensure_future(self._every(self._timing.watch_s, self._watch)),
+            asyncio.ensure_future(self._every(self._timing.health_s, self._look_for_hung)),
+        ]
 
     async def end(self) -> None:
         """Stop deciding: a switch in progress stays where it is."""
-        tasks = [task for task in (self._watching, self._moving) if task is not None]
+        tasks = [*self._looking, *([self._moving] if self._moving is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -190,71 +196,12 @@ class Supervisor:
         self.strategy = Strategy.RESTART
         self._fleet.pooled = False
 
-    # After a crash of rlgov.
-
-    async def _take_over(self, record: StackRecord) -> Engine | None:
-        """The engine of an earlier run that serves on; every other one is stopped."""
-        self.switch_s = {d: s for d, s in record.switch_s.items() if d in self._offer.tp_degrees}
-        self._fleet.kv_capacity_tokens = dict(record.kv_capacity_tokens)
-        adopted = {}
-        for old in record.engines:
-            engine = self._fleet.adopt(old)
-            if engine is None:
-                kill_leftovers(old.spec)  # workers outlive an API server that was killed
-            else:
-                adopted[engine.engine_id] = engine
-        usable = {name for name, engine in adopted.items() if self._fleet.compatible(engine.spec)}
-        decided = recover(record, frozenset(adopted), usable)
-        LOG.warning("an earlier run left %d engines: %s", len(adopted), decided)
-        kept: Engine | None = None
-        for name in decided.candidates:
-            engine = adopted[name]
-            if kept is None and await self._fit(engine):
-                kept = engine
-            elif kept is None or not await self._sleeps(engine):
-                await self._fleet.stop(engine, grace_s=None if kept is not None else 0.0)
-        for name in decided.stop:
-            await self._fleet.stop(adopted[name])
-        return kept
-
-    async def _fit(self, engine: Engine) -> bool:
-        """Whether an adopted engine serves, woken if it slept."""
-        served = engine.phase in {Phase.ACTIVE, Phase.DRAINING}
-        timing = self._timing
-        try:
-            # One that served before is up at once or not at all; another may still be loading its model.
-            async with asyncio.timeout(timing.probe_timeout_s if served else timing.start_timeout_s):
-                await self._fleet.ready(engine)
-            if engine.plugin is not None and engine.plugin.asleep:
-                await self._fleet.wake(engine)
-            elif served:
-                return await engine.running.probe(timing.probe_timeout_s)
-            await self._fleet.warm_up(engine)
-        except EXPECTED_FAILURES as error:
-            LOG.warning("engine %s of an earlier run does not serve: %s", engine.engine_id, error)
-            return False
-        return True
-
-    async def _sleeps(self, engine: Engine) -> bool:
-        """Whether an adopted engine is asleep and may stay so."""
-        if not self._fleet.pooled:
-            return False
-        try:
-            await self._fleet.inspect(engine)
-        except EXPECTED_FAILURES:
-            return False
-        if engine.plugin is None or not engine.plugin.asleep:
-            return False
-        self._fleet.set_phase(engine, Phase.ASLEEP)
-        return True
-
     # Switches.
 
     def want(self, degree: int) -> None:
         """Begin a switch to a degree, unless one is in progress, the degree is refused, or nothing serves."""
         old = self._serving.routed
-        busy = self._moving is not None and not self._moving.done()
-        if busy or old is None or degree == old.spec.tp_degree or degree in self.refused():
+        if self._busy() or old is None or degree == old.spec.tp_degree or degree in self.refused():
             return
         asleep = self._fleet.find_asleep(degree)
         strategy, room = self._how(old, degree, asleep)
@@ -338,20 +285,23 @@ class Supervisor:
 
     # Restarts and liveness.
 
-    async def _watch(self) -> None:
-        looked_s = self._clock.monotonic_s()
+    def _busy(self) -> bool:
+        """Whether a switch or a restart is in progress."""
+        return self._moving is not None and not self._moving.done()
+
+    async def _every(self, period_s: float, look: Callable[[], Awaitable[None]]) -> None:
+        """Look again and again; what goes wrong in one look does not end the next."""
         while True:
-            await asyncio.sleep(self._timing.watch_s)
+            await asyncio.sleep(period_s)
             try:
-                await self._serving.expire()
-                if self._moving is not None and not self._moving.done():
-                    continue
-                await self._look_for_dead()
-                if self._clock.monotonic_s() - looked_s >= self._timing.health_s:
-                    looked_s = self._clock.monotonic_s()
-                    await self._look_for_hung()
+                await look()
             except Exception:
-                LOG.exception("watching the engines failed; the next look is in %g s", self._timing.watch_s)
+                LOG.exception("looking after the engines failed; the next look is in %g s", period_s)
+
+    async def _watch(self) -> None:
+        await self._serving.expire()
+        if not self._busy():
+            await self._look_for_dead()
 
     async def _look_for_dead(self) -> None:
         routed = self._serving.routed
@@ -403,33 +353,37 @@ class Supervisor:
 
     async def _look_for_hung(self) -> None:
         engine = self._serving.routed
-        if engine is None or engine.phase not in READABLE:
+        if engine is None or self._busy():
             return
+        if not engine.hung:
+            self.conditions.pop(ENGINE_HUNG, None)  # of an engine that has been replaced since
         timing = self._timing
         sample = await self._fleet.read(engine)
         now_s = self._clock.monotonic_s()
         dispatched = self._serving.in_flight(engine)
-        self._progress = self._progress.seen(None if isinstance(sample, str) else sample, dispatched, now_s)
-        if engine.hung and self._progress.busy and self._progress.moved_s == now_s:
+        before = self._progress
+        self._progress = before.seen(None if isinstance(sample, str) else sample, dispatched, now_s)
+        if self._progress.work > before.work:
             self._well(engine)
-        if not self._progress.needs_probe(now_s, timing.hung_after_s, timing.idle_probe_s):
+        if not self._progress.needs_probe(now_s, timing.hung_after_s, timing.idle_probe_s, hung=engine.hung):
             return
         answered = await engine.running.probe(timing.probe_timeout_s)
-        if self._serving.routed is not engine:
-            return  # it was replaced, or died, in the meantime
+        if self._serving.routed is not engine or self._busy() or not engine.alive:
+            return  # it died, or is being replaced
         self._progress = self._progress.probed(self._clock.monotonic_s(), answered=answered)
         if answered:
             self._well(engine)
             return
-        await self._hung(engine)
+        self._hung(engine)
 
     def _well(self, engine: Engine) -> None:
         if engine.hung:
             LOG.warning("engine %s gets on with its work again", engine.engine_id)
+            engine.note = engine.running.note
         engine.hung = False
         self.conditions.pop(ENGINE_HUNG, None)
 
-    async def _hung(self, engine: Engine) -> None:
+    def _hung(self, engine: Engine) -> None:
         engine.hung = True
         engine.note = "hangs: no progress, and no answer to a probe"
         self.conditions[ENGINE_HUNG] = (
@@ -439,5 +393,11 @@ class Supervisor:
         )
         LOG.error("%s", self.conditions[ENGINE_HUNG])
         if self._settings.restart_hung:
-            self._serving.lost(engine)
-            await self._fleet.stop(engine, grace_s=0.0)
+            self.conditions[ENGINE_DOWN] = f"engine {engine.engine_id} hung and was ended: a new one starts"
+            self.conditions.pop(ENGINE_HUNG)
+            self._move(self._replace(engine))
+
+    async def _replace(self, engine: Engine) -> None:
+        self._serving.lost(engine)
+        await self._fleet.stop(engine, grace_s=0.0)
+        await self._revive()

@@ -42,15 +42,11 @@ def read(kind: Kind, request: Request) -> Asked:
     if kind is not Kind.CHOICES or b'"stream"' not in body:
         return Asked(body)
     document = _parsed(body)
-    if document.get("stream") is not True:
+    options = document.get("stream_options") or {}
+    if document.get("stream") is not True or not isinstance(options, dict) or options.get("include_usage"):
         return Asked(body)
     if b'"stream_options"' not in body and body.lstrip()[:1] == b"{":
         return Asked(_USAGE + body.lstrip()[1:], strips_usage=True)
-    options = document.get("stream_options")
-    if options is None:
-        options = {}
-    if not isinstance(options, dict) or options.get("include_usage"):
-        return Asked(body)
     document["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
     return Asked(json.dumps(document).encode(), strips_usage=True)
 

@@ -165,6 +165,7 @@ class ClientConnection(asyncio.Protocol):
         self._slow_since_s: float | None = None
         self._deadline_s: float | None = None
         self._continue_due = False
+        self._out: list[bytes] = []
 
     # What the event loop calls.
 
@@ -399,8 +400,8 @@ class ClientConnection(asyncio.Protocol):
         """Close now, or after the answer under way."""
         if self._current is not None:
             self._last = True
-        elif not self._in_request and self._transport is not None:
-            self._transport.close()
+        elif not self._in_request:
+            self._close()
 
     def abort(self) -> None:
         """Close at once."""
@@ -413,9 +414,27 @@ class ClientConnection(asyncio.Protocol):
         return self._last or not request.keep_alive or self._server.draining
 
     def _write(self, data: bytes) -> None:
+        """Send soon: what comes together, such as a head and the first token, leaves together."""
+        if self._transport is None:
+            return
+        if not self._out:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._out.append(data)
+
+    def _flush(self) -> None:
+        if not self._out:
+            return
+        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        self._out.clear()
         if self._transport is not None:
             self._server.sent_bytes += len(data)
             self._transport.write(data)
+
+    def _close(self) -> None:
+        """Close once everything is sent."""
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def _feed(self, data: bytes) -> None:
         in_head = self._in_head
@@ -438,7 +457,7 @@ class ClientConnection(asyncio.Protocol):
         """Begin with the next request, if nothing is in the way."""
         while self._current is None and not self.slow and self._transport is not None:
             if self._last:
-                self._transport.close()
+                self._close()
                 return
             if self._requests:
                 self._begin_next()
@@ -469,8 +488,7 @@ class ClientConnection(asyncio.Protocol):
         if not self._in_request:
             self._deadline_s = self._server.now_s() + self._settings.idle_timeout_s
         if self._last:
-            if self._transport is not None:
-                self._transport.close()
+            self._close()
             return
         if self._requests or self._backlog or self._refusal is not None:
             # Not at once: a client may have sent thousands of requests ahead.
@@ -501,6 +519,7 @@ class ClientConnection(asyncio.Protocol):
         self._lingering = True
         self._body = []
         self._deadline_s = self._server.now_s() + _LINGER_S
+        self._flush()
         if transport.can_write_eof():
             transport.write_eof()
 

@@ -48,8 +48,9 @@ class StreamObserver:
             data = self._rest + data
         passed: list[bytes] = []
         begin, search_from = 0, self._searched
-        while (end := _END.search(data, search_from)) is not None:
-            event = data[begin : end.end()]
+        plain = b"\r" not in data  # nearly always, and then the end is found several times faster
+        while (end := _end_of_event(data, search_from, plain=plain)) > 0:
+            event = data[begin:end]
             passes = self._passes(event)
             if self.tally.failure or self.tally.refusal:
                 self._rest = data[begin:]
@@ -57,7 +58,7 @@ class StreamObserver:
                 return b"".join(passed)
             if passes:
                 passed.append(event)
-            begin = search_from = end.end()
+            begin = search_from = end
         self._rest = data[begin:]
         self._searched = max(0, len(self._rest) - _LONGEST_END + 1)
         if len(self._rest) > self._max_event_bytes:
@@ -94,6 +95,15 @@ class StreamObserver:
             return True
         self._read(tally, document)
         return not (self._strips_usage and document.get("choices") == [] and document.get("usage"))
+
+
+def _end_of_event(data: bytes, search_from: int, *, plain: bool) -> int:
+    """Where the first event ends; 0 when it does not."""
+    if plain:
+        at = data.find(b"\n\n", search_from)
+        return at + 2 if at >= 0 else 0
+    found = _END.search(data, search_from)
+    return found.end() if found is not None else 0
 
 
 def _payload(event: bytes) -> bytes:

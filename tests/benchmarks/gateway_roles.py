@@ -33,8 +33,8 @@ FORM = (
 )
 LAST = (
     (
-        b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1790000000,'
-        b'"model":"bench","choices":[],'
+        b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion",'
+        b'"created":1790000000,"model":"bench","choices":[],'
         b'"usage":{"prompt_tokens":100,"total_tokens":120,"completion_tokens":20}}\n\n'
     ),
     b"data: [DONE]\n\n",

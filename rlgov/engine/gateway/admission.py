@@ -144,17 +144,16 @@ class Admission(Generic[OwnerT]):
         """Queue the parked requests whose time has come."""
         self._unpark([ticket for ticket in self._parked if ticket.wake_s <= now_s])
 
+    def waiting(self) -> list[Ticket[OwnerT]]:
+        """Everybody who waits, in order of arrival."""
+        queued = [one for one in (*self._free, *self._limited) if one.place is Place.WAITING]
+        return sorted([*queued, *self._parked])
+
     def expired(self, now_s: float) -> list[Ticket[OwnerT]]:
         """Requests that have waited too long for an engine, in order of arrival; release them."""
         before_s = now_s - self._hold_timeout_s
-        late = [ticket for ticket in self._parked if ticket.held_since_s <= before_s]
-        if not self._routed:
-            late += [
-                ticket
-                for ticket in (*self._free, *self._limited)
-                if ticket.place is Place.WAITING and ticket.held_since_s <= before_s
-            ]
-        return sorted(late)
+        waiting = sorted(self._parked) if self._routed else self.waiting()
+        return [ticket for ticket in waiting if ticket.held_since_s <= before_s]
 
     def _queue(self, ticket: Ticket[OwnerT]) -> None:
         ticket.place = Place.WAITING

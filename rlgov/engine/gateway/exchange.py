@@ -17,7 +17,7 @@ from rlgov.engine.gateway.wire import ResponseHead, error_body, error_event, req
 from rlgov.engine.samples import Outcome
 
 if TYPE_CHECKING:
-    from rlgov.engine.gateway.server import ClientConnection
+    from rlgov.engine.gateway.connection import ClientConnection
     from rlgov.engine.gateway.settings import GatewaySettings
     from rlgov.engine.gateway.upstream import Pool, Upstream, UpstreamConnection
     from rlgov.engine.gateway.wire import Request
@@ -127,11 +127,10 @@ class Exchange:
         else:
             self._connecting = asyncio.get_running_loop().create_task(self._connect(upstream))
 
-    def give_up(self) -> None:
-        """It has waited for an engine for too long."""
-        limit_s = self._dispatcher.settings.hold_timeout_s
+    def give_up(self, why: str) -> None:
+        """Tell the client that no engine will take it; only for one that waits."""
         outcome = Outcome.FAILED if self.entry.dispatches else Outcome.REJECTED
-        self._answer_error(503, f"no engine took the request within {limit_s:g} s; try again later", outcome)
+        self._answer_error(503, f"{why}; try again later", outcome)
 
     # The client's connection.
 

@@ -13,6 +13,7 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from rlgov.engine.gateway.admission import Admission
+from rlgov.engine.gateway.connection import ClientConnection
 from rlgov.engine.gateway.exchange import Exchange
 from rlgov.engine.gateway.ledger import Ledger
 from rlgov.engine.gateway.metrics import CONTENT_TYPE, GatewayMetrics, fetch_page
@@ -25,19 +26,20 @@ from rlgov.engine.gateway.paths import (
     leads_to_control,
     origin_form,
 )
-from rlgov.engine.gateway.server import Server, protocol_factory
+from rlgov.engine.gateway.server import Server
 from rlgov.engine.gateway.settings import GatewaySettings
 from rlgov.engine.gateway.upstream import Pool, Upstream
 from rlgov.engine.gateway.wire import error_body, header, usable_request_id
+from rlgov.engine.samples import Outcome
 from rlgov.errors import EngineError
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
     from rlgov.clock import Clock
-    from rlgov.engine.gateway.server import ClientConnection, Serving
+    from rlgov.engine.gateway.server import Serving
     from rlgov.engine.gateway.wire import Request
-    from rlgov.engine.samples import Outcome, Traffic
+    from rlgov.engine.samples import Traffic
 
 __all__ = ["Gateway", "GatewaySettings", "Upstream"]
 
@@ -74,6 +76,7 @@ class Gateway:
         self._sweeper: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._pumping = False
+        self._closing = False
 
     async def start(self) -> None:
         """Listen. Raises EngineError when the address cannot be had."""
@@ -81,7 +84,7 @@ class Gateway:
         host, port = self.settings.host, self.settings.port
         try:
             self._listener = await loop.create_server(
-                protocol_factory(self._server), host, port, backlog=_BACKLOG
+                lambda: ClientConnection(self._server), host, port, backlog=_BACKLOG
             )
         except OSError as error:
             msg = f"the gateway cannot listen at {host}:{port}: {error}; choose another host or port"
@@ -98,6 +101,10 @@ class Gateway:
             await asyncio.wait_for(self._server.empty.wait(), grace_s)
         if self._sweeper is not None:
             self._sweeper.cancel()
+        self._closing = True
+        for ticket in self._admission.waiting():
+            ticket.owner.give_up("the gateway is stopping")
+        await asyncio.sleep(0)  # their answers leave in the loop's next round
         self._server.abort()
         for task in list(self._tasks):
             task.cancel()
@@ -167,6 +174,8 @@ class Gateway:
     def ended(self, exchange: Exchange, outcome: Outcome) -> None:
         """An exchange has ended."""
         self._admission.release(exchange.ticket)
+        if self._closing and outcome is Outcome.CANCELLED:
+            outcome = Outcome.FAILED  # we left, not the client
         if exchange.stamped:
             record = self._ledger.close(exchange.entry, outcome, self.now_s())
             self._metrics.observe(record)
@@ -253,7 +262,7 @@ class Gateway:
         now_s = self.now_s()
         self._admission.wake(now_s)
         for ticket in self._admission.expired(now_s):
-            ticket.owner.give_up()
+            ticket.owner.give_up(f"no engine took the request within {self.settings.hold_timeout_s:g} s")
         self._server.sweep()
         self.pool.sweep()
         self._pump()

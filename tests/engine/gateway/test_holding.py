@@ -249,9 +249,15 @@ def test_closing_without_grace_breaks_off() -> None:
             client = await RawClient.to(gateway)
             await client.send(post(STREAM))
             await eventually(lambda: engine.heard)
+            gateway.route(None)
+            held = asyncio.create_task(ask(gateway, post(STREAM)))
+            await eventually(lambda: gateway.held == 1)
             await gateway.close()
             assert await client.rest() == b""
+            assert (await held).status == 503
             await client.close()
             await eventually(lambda: engine.abandoned == 1)
+            outcomes = {record.outcome for record in gateway.traffic(0).closed}
+            assert outcomes == {Outcome.REJECTED, Outcome.FAILED}
 
     run(body())

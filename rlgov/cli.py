@@ -32,6 +32,7 @@ TRAIN_MODULES = frozenset(
         "matplotlib",
         "numba",
         "pandas",
+        "pyarrow",
         "sb3_contrib",
         "scipy",
         "stable_baselines3",

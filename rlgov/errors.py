@@ -41,3 +41,7 @@ class HardwareError(RlgovError):
 
 class TelemetryError(DeploymentError):
     """A measurement cannot be read: a metrics page that is damaged, foreign or cannot be reached."""
+
+
+class CharacterizationError(RlgovError):
+    """A characterisation cannot be run, or what it wrote cannot be read."""

@@ -321,6 +321,9 @@ class Supervisor:
 
     async def _revive(self) -> None:
         """Start an engine of the same degree again, with growing pauses, until one serves."""
+        for left in [*self._fleet.engines.values()]:
+            if left.phase is not Phase.ASLEEP:
+                await self._fleet.stop(left, grace_s=0.0)  # it would hold the GPUs the new one needs
         served_s = self._clock.monotonic_s() - self._serving.since_s
         self._failures = self._failures + 1 if served_s < self._timing.restart_longest_s else 0
         while True:

@@ -174,7 +174,8 @@ def _enter(switch: Switch) -> Switch:
     step = switch.step
     if step is None:
         return switch
-    if step.action is Action.HOLD:
+    if step.action in {Action.HOLD, Action.ROUTE}:
+        # Until a move is done nobody knows which side it is on: a failure has to route anew.
         return replace(switch, routed=None)
     if step.action in {Action.LAUNCH, Action.WAKE}:
         return _with_life(switch, step.role, Life.STARTING)

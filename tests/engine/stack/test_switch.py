@@ -178,3 +178,62 @@ def test_only_what_is_offered_can_be_asked_for(bench: Any) -> None:
         assert stack.state.tp_degree == 1
 
     bench(test, Strategy.SIDE_BY_SIDE)
+
+
+GPUS = tuple(f"GPU-{number}" for number in range(4))
+
+
+def _places(stack: Any) -> dict[int, set[str]]:
+    return {engine.tp_degree: set(engine.gpu_uuids) for engine in stack.state.engines}
+
+
+def test_engines_are_kept_asleep_where_no_two_fit_side_by_side(bench: Any) -> None:
+    async def test(stack: Any) -> None:
+        assert stack.stack.limits().strategy == Strategy.SLEEP
+        assert {(e.tp_degree, e.phase) for e in stack.state.engines} == {
+            (4, "active"), (2, "asleep"), (1, "asleep"),
+        }  # fmt: skip
+        places = _places(stack)
+        assert {degree: len(place) for degree, place in places.items()} == {4: 4, 2: 2, 1: 1}
+        assert not places[2] & places[1]
+        load = stack.load()
+        async with load.running():
+            assert (await stack.switch(2))["held_s"] > 0  # both lie on the same GPUs
+            assert (await stack.switch(1))["held_s"] == 0  # these two do not
+            assert (await stack.switch(4))["held_s"] > 0
+        assert set(load.results) == {"served"}
+        assert _places(stack) == places
+
+    bench(test, None, gpu_uuids=GPUS, tp_degrees=(4, 2, 1))
+
+
+def test_engines_are_restarted_where_vllm_offers_no_sleep(bench: Any) -> None:
+    async def test(stack: Any) -> None:
+        assert stack.stack.limits().strategy == Strategy.RESTART
+        assert len(stack.state.engines) == 1
+        load = stack.load()
+        async with load.running():
+            assert (await stack.switch(2))["strategy"] == "restart"
+            assert (await stack.switch(1))["strategy"] == "side-by-side"  # two GPUs are free: nothing is held
+        assert set(load.results) == {"served"}
+
+    bench(test, None, "--fake-no-plugin", gpu_uuids=GPUS, tp_degrees=(4, 2, 1))
+
+
+def test_sleep_that_was_asked_for_and_cannot_be_had_is_refused(bench: Any) -> None:
+    from rlgov.errors import EngineError
+
+    async def test(_stack: Any) -> None:
+        pytest.fail("it must not start")
+
+    with pytest.raises(EngineError, match="use --switch auto"):
+        bench(test, Strategy.SLEEP, "--fake-no-plugin")
+
+
+def test_a_degree_without_free_gpus_is_refused_side_by_side(bench: Any) -> None:
+    async def test(stack: Any) -> None:
+        assert not (await stack.ask(tp_degree=2)).switching
+        assert "too few GPUs are free" in stack.state.tp_refused[2]
+        assert await stack.request() == "served"
+
+    bench(test, Strategy.SIDE_BY_SIDE, gpu_uuids=GPUS, tp_degrees=(4, 2, 1))

@@ -98,6 +98,14 @@ def test_a_new_engine_that_dies_after_the_move_gives_the_traffic_back_to_the_dra
     assert _finish(back).outcome is Outcome.ROLLED_BACK
 
 
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_a_new_engine_that_dies_during_the_move_gives_the_traffic_back(strategy: Strategy) -> None:
+    moving = _until(plan(strategy), Action.ROUTE, Role.NEW)
+    back = advance(moving, Died(Role.NEW, "killed"))
+    assert "route old" in _names(back)
+    assert _finish(back).routed is Role.OLD
+
+
 def test_a_drain_without_end_after_the_move_ends_in_a_stop_and_is_told() -> None:
     draining = _until(plan(Strategy.SIDE_BY_SIDE), Action.DRAIN, Role.OLD)
     after = advance(draining, Failed("3 requests still run after 600 s"))

@@ -138,6 +138,7 @@ class Governed(Stock):
         ended = super().finish_requests(*args, **kwargs)
         if self.rlgov_counting and ended:
             self.rlgov_counters.abort({request.request_id for request in ended})
+            self.rlgov_counters.pause(now_s(), len(self.running))
         return ended
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

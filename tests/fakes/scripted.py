@@ -170,16 +170,16 @@ async def scripted(script: Script | bytes) -> AsyncIterator[ScriptedEngine]:
 
     engine = ScriptedEngine(say if isinstance(script, bytes) else script)
     tasks: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
 
-    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        with contextlib.suppress(asyncio.CancelledError):
-            await engine._converse(reader, writer)
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # At once, not in the task: one that is cancelled before its first step would leave the socket open.
+        writers.add(writer)
+        task = asyncio.get_running_loop().create_task(engine._converse(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(converse, "127.0.0.1", 0, limit=2**22)
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=2**22)
     engine.port = server.sockets[0].getsockname()[1]
     try:
         yield engine
@@ -187,7 +187,12 @@ async def scripted(script: Script | bytes) -> AsyncIterator[ScriptedEngine]:
         server.close()
         for task in list(tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
 
 
 @contextlib.asynccontextmanager

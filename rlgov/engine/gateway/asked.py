@@ -47,7 +47,9 @@ def read(kind: Kind, request: Request) -> Asked:
         return Asked(body)
     if b'"stream_options"' not in body and body.lstrip()[:1] == b"{":
         return Asked(_USAGE + body.lstrip()[1:], strips_usage=True)
-    document["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
+    document["stream_options"] = options | {"include_usage": True}
+    if "continuous_usage_stats" in options:  # it had no effect without the usage, and shall have none
+        document["stream_options"]["continuous_usage_stats"] = False
     return Asked(json.dumps(document).encode(), strips_usage=True)
 
 

@@ -130,6 +130,8 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self._transport = cast("asyncio.Transport", transport)
+        self.idle_since_s = self._pool.now_s()
+        self._pool.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine closed, or died."""
@@ -261,9 +263,12 @@ class Pool:
             _, connection = await loop.create_connection(
                 lambda: UpstreamConnection(self, upstream), upstream.host, upstream.port
             )
+        return connection
+
+    def add(self, connection: UpstreamConnection) -> None:
+        """A connection is open."""
         self._all.add(connection)
         self.empty.clear()
-        return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection for the next request."""

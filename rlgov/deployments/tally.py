@@ -69,8 +69,8 @@ class RequestTally:
     """Counts each request once: its arrival, its miss when it happens, its end.
 
     A request is a miss when its TTFT limit passes without a first token, at that moment; when it ends served
-    with a TPOT above the limit; or when it fails or is rejected. One that its client cancelled is a miss only
-    if it was late by then.
+    with a TPOT above the limit; or when it fails or is rejected. One that its client cancelled, or that is
+    invalid, is a miss only if it was late by then.
 
     Args:
         service_level: The limits.

@@ -17,7 +17,8 @@ class Outcome(StrEnum):
     SERVED = "served"  # every token delivered, with a finish reason other than abort
     CANCELLED = "cancelled"  # the client went away
     FAILED = "failed"  # the engine failed or aborted it; the client got an error
-    REJECTED = "rejected"  # refused by the gateway or the engine before any work (4xx, 503)
+    REJECTED = "rejected"  # refused for want of room by the gateway or the engine (429, 503)
+    INVALID = "invalid"  # the client's own mistake (any other 4xx): no fault of serving
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ def step(windows: MeasuredWindows, seen: StackInterval, reading: MeterReading = 
         ({"outcome": Outcome.FAILED}, 0, 1),
         ({"outcome": Outcome.FAILED, "first": 0.2}, 0, 1),
         ({"outcome": Outcome.REJECTED}, 0, 1),
+        ({"outcome": Outcome.INVALID}, 0, 0),
         ({"outcome": Outcome.CANCELLED}, 0, 0),
     ],
 )

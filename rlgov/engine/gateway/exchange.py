@@ -26,6 +26,8 @@ _OK: Final = 200
 _RETRIED: Final = frozenset(
     {500, 502, 504}
 )  # 503 is how an engine in order refuses, which the client shall see
+_NO_ROOM: Final = frozenset({429, 503})
+_MISTAKES: Final = (400, 500)  # the client's, but for those of too many requests
 _SAFE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
@@ -188,7 +190,7 @@ class Exchange:
             self._leave_engine()
             self._client.end()
             # What has a record and comes by here was refused, or led elsewhere, without a token.
-            self._end(Outcome.REJECTED if self.stamped else Outcome.SERVED)
+            self._end(_refusal(self._answer) if self.stamped else Outcome.SERVED)
 
     def on_lost(self, why: str, *, untouched: bool) -> None:
         """The engine is gone, or closed a kept connection just when it was used again."""
@@ -371,6 +373,13 @@ class Exchange:
         if not self._ended:
             self._ended = True
             self._dispatcher.ended(self, outcome)
+
+
+def _refusal(answer: _Answer) -> Outcome:
+    """Whether the engine had no room, or the client asked for what cannot be."""
+    status = 0 if answer.head is None else answer.head.status
+    mistaken = _MISTAKES[0] <= status < _MISTAKES[1] and status not in _NO_ROOM
+    return Outcome.INVALID if mistaken else Outcome.REJECTED
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -115,16 +115,40 @@ class Physics:
 
     def kv_s(self, tp: int) -> float:
         """Time to read the KV of one context token."""
-        return self.model.kv_bytes_per_token / (tp * self.gpu.hbm_bytes_per_s * self.p["kv_efficiency"])
+        return self._kv_bytes_s(self.model.kv_bytes_per_token, tp)
 
-    def kv_j(self) -> float:
+    def kv_j(self, tp: int = 1) -> float:
         """Energy to read it."""
-        return self.model.kv_bytes_per_token * self.p["kv_j_per_byte"]
+        return self.model.kv_bytes_per_token * self.model.kv_copies(tp) * self.p["kv_j_per_byte"]
+
+    def _kv_bytes_s(self, one_copy_bytes: float, tp: int) -> float:
+        read_bytes = one_copy_bytes * self.model.kv_copies(tp)
+        return read_bytes / (tp * self.gpu.hbm_bytes_per_s * self.p["kv_efficiency"])
 
     def prefill_s(self, tp: int) -> float:
         """Arithmetic time per prompt token."""
-        peak_flop_per_s = tp * self.gpu.peak_bf16_flop_per_s
-        return 2.0 * self.model.matrix_parameters / (peak_flop_per_s * self.p["prefill_mfu"])
+        peak_flop_per_s = tp * self.gpu.peak_flop_per_s(self.model.arithmetic)
+        return 2.0 * self.model.active_parameters / (peak_flop_per_s * self.p["prefill_mfu"])
+
+    def prefill_expert_bytes(self, batch: float, chunk_tokens: int) -> float:
+        """Expert weights that a prefill reads per prompt token beside ``batch`` decodes.
+
+        A prefill touches every expert, also those that no decode beside it chose. The tables are linear
+        in prompt tokens, so this spreads the reading over a full chunk; 0 for a dense model.
+        """
+        if self.model.experts is None:
+            return 0.0
+        untouched = 1.0 - float(self.model.experts.coverage(np.array([batch]))[0])
+        return self.model.expert_bytes * untouched / chunk_tokens
+
+    def flop_j(self) -> float:
+        """Energy of one FLOP of a matrix multiplication.
+
+        The fitted value is of bf16. Matrix units that do twice as much in a narrower format draw about
+        as much power.
+        """
+        narrow = self.gpu.peak_bf16_flop_per_s / self.gpu.peak_flop_per_s(self.model.arithmetic)
+        return self.p["flop_j"] * narrow
 
     def attention_s(self, tp: int) -> float:
         """Arithmetic time per (query, key) pair of a prefill."""
@@ -134,10 +158,10 @@ class Physics:
     def decode(self, tp: int, batch: Floats) -> DecodeWork:
         """Decode by physics alone. ``batch`` 0 stands for an iteration that only prefills."""
         gpu, model, p = self.gpu, self.model, self.p
-        weight_bytes = model.matrix_parameters * model.bytes_per_weight
-        flop = 2.0 * model.matrix_parameters * batch
+        weight_bytes = model.weights_read_bytes(batch)
+        flop = 2.0 * model.active_parameters * batch
         read_s = weight_bytes / (tp * gpu.hbm_bytes_per_s * p["weight_efficiency"])
-        multiply_s = flop / (tp * gpu.peak_bf16_flop_per_s * p["gemm_mfu"])
+        multiply_s = flop / (tp * gpu.peak_flop_per_s(model.arithmetic) * p["gemm_mfu"])
         # Kernels overlap loads with arithmetic: a 2-norm, split so that the two parts add up to it and
         # its derivative by the clock is the compute part.
         gemm_s = np.hypot(read_s, multiply_s)
@@ -146,12 +170,14 @@ class Physics:
         layer_share, sequence_share = p["layer_overhead_clock_share"], p["sequence_overhead_clock_share"]
         latency_s = 2.0 * model.layers * p["all_reduce_latency_s"] if tp > 1 else 0.0
         fixed_s = layers_s * (1.0 - layer_share) + sequences_s * (1.0 - sequence_share)
+        window_j = batch * (model.window_kv_bytes * model.kv_copies(tp) * p["kv_j_per_byte"])
+        window_s = batch * self._kv_bytes_s(model.window_kv_bytes, tp)
         return DecodeWork(
-            memory_s=read_s**2 / gemm_s + fixed_s,
+            memory_s=read_s**2 / gemm_s + fixed_s + window_s,
             compute_s=multiply_s**2 / gemm_s + layers_s * layer_share + sequences_s * sequence_share,
             comm_s=latency_s + batch * self.comm_s(tp),
-            memory_j=np.full_like(batch, weight_bytes * p["weight_j_per_byte"]),
-            compute_j=flop * p["flop_j"],
+            memory_j=weight_bytes * p["weight_j_per_byte"] + window_j,
+            compute_j=flop * self.flop_j(),
         )
 
 
@@ -184,7 +210,7 @@ def corrected_decode(physics: Physics, rows: Sequence[DecodeRow], tp: int, batch
     reference = physics.decode(nearest, at)
     busy_w = float(physics.busy_w(nearest, np.ones(1))[0])
     work_s = measured_s - physics.kv_s(nearest) * context_tokens
-    work_j = measured_j - busy_w * measured_s - physics.kv_j() * context_tokens
+    work_j = measured_j - busy_w * measured_s - physics.kv_j(nearest) * context_tokens
     ratio_s = np.maximum(work_s / reference.total_s, _LEAST_CORRECTION)
     ratio_j = np.maximum(work_j / reference.total_j, _LEAST_CORRECTION)
     log_batch, log_at = np.log(np.maximum(batch, 1.0)), np.log(at)
@@ -220,7 +246,10 @@ def build_tables(
     work = [corrected_decode(physics, profile.decode_rows, tp, batch) for tp in tps]
     each, gpus = np.ones(len(tps)), np.array(tps, dtype=np.float64)
     kv_s = np.array([physics.kv_s(tp) for tp in tps])
-    prefill_j = 2.0 * profile.model.matrix_parameters * p["flop_j"]
+    prefill_j = 2.0 * profile.model.active_parameters * physics.flop_j()
+    usual_batch = float(np.median(shape.batch_caps))
+    expert_bytes = physics.prefill_expert_bytes(usual_batch, shape.max_num_batched_tokens)
+    expert_s = expert_bytes / (gpus * profile.gpu.hbm_bytes_per_s * p["weight_efficiency"])
     startup_s = p["wake_s"] if profile.standby == "asleep" else p["cold_start_s"]
     return PhysicsTables(
         tp_degrees=np.array(tps, dtype=np.int64),
@@ -232,16 +261,16 @@ def build_tables(
         decode_comm_s=_rounded(np.stack([w.comm_s for w in work])),
         kv_memory_s=_rounded(kv_s * (1.0 - p["kv_clock_share"])),
         kv_compute_s=_rounded(kv_s * p["kv_clock_share"]),
-        prefill_memory_s=0.0 * each,
+        prefill_memory_s=_rounded(expert_s),
         prefill_compute_s=_rounded(np.array([physics.prefill_s(tp) for tp in tps])),
         prefill_comm_s=_rounded(np.array([physics.comm_s(tp) for tp in tps])),
         attention_compute_s=_rounded(np.array([physics.attention_s(tp) for tp in tps])),
         host_s=_rounded(p["host_floor_s"] * each),
         decode_memory_j=_rounded(np.stack([w.memory_j for w in work])),
         decode_compute_j=_rounded(np.stack([w.compute_j for w in work])),
-        kv_memory_j=_rounded(physics.kv_j() * each),
+        kv_memory_j=_rounded(np.array([physics.kv_j(tp) for tp in tps])),
         kv_compute_j=0.0 * each,
-        prefill_memory_j=0.0 * each,
+        prefill_memory_j=_rounded(expert_bytes * p["weight_j_per_byte"] * each),
         prefill_compute_j=_rounded(prefill_j * each),
         attention_compute_j=_rounded(profile.model.attention_flop_per_pair * p["flop_j"] * each),
         memory_scale=_rounded(physics.memory_scale(x)),

@@ -13,29 +13,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlgov.errors import ConfigError, ProfileError
 from rlgov.records import Limits, ServiceLevel
+from rlgov.simulation.model import Arithmetic, Experts, LatentAttention, Model, WeightGroup, Window
+from rlgov.simulation.part import Count, GrownPart, NonNegative, Part, Positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+__all__ = [
+    "KV_BLOCK_TOKENS",
+    "AllReduce",
+    "DecodeRow",
+    "DeploymentShape",
+    "Experts",
+    "Gpu",
+    "LatentAttention",
+    "Model",
+    "Objective",
+    "Parameter",
+    "Parameters",
+    "Profile",
+    "WeightGroup",
+    "Window",
+    "load_profile",
+    "parse_profile",
+    "profile_names",
+]
+
 KV_BLOCK_TOKENS = 16
 _FOLDER = "profiles"
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(gt=0)]
 
-
-class _Part(BaseModel):
-    """Frozen, unknown keys refused, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Parameter(_Part):
+class Parameter(Part):
     """A number with its range and where it comes from.
 
     ``fitted`` and ``measured`` values come from the data named in ``source``; a ``prior`` is an
@@ -57,7 +69,7 @@ class Parameter(_Part):
         return self
 
 
-class Gpu(_Part):
+class Gpu(GrownPart):
     """Datasheet of one card."""
 
     name: str
@@ -69,6 +81,8 @@ class Gpu(_Part):
     sm_clock_max_mhz: Count
     sm_clock_step_mhz: Count
     source: str
+    peak_fp8_flop_per_s: Positive | None = None
+    peak_fp4_flop_per_s: Positive | None = None
 
     @model_validator(mode="after")
     def _grid(self) -> Self:
@@ -82,44 +96,16 @@ class Gpu(_Part):
         """The supported SM clocks, ascending."""
         return tuple(range(self.sm_clock_min_mhz, self.sm_clock_max_mhz + 1, self.sm_clock_step_mhz))
 
-
-class Model(_Part):
-    """Shape of a dense decoder-only transformer."""
-
-    name: str
-    layers: Count
-    hidden: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count
-    parameters: Positive
-    lookup_parameters: NonNegative  # of the input embedding: stored, but not read as a matrix
-    bytes_per_weight: Positive
-    bytes_per_kv_value: Positive
-    source: str
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Key and value of one token in all layers."""
-        return 2.0 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv_value
-
-    @property
-    def weight_bytes(self) -> float:
-        """Of the whole model, as it lies in memory."""
-        return self.parameters * self.bytes_per_weight
-
-    @property
-    def matrix_parameters(self) -> float:
-        """Weights that every token multiplies."""
-        return self.parameters - self.lookup_parameters
-
-    @property
-    def attention_flop_per_pair(self) -> float:
-        """FLOP of one query attending to one key, in all layers: QK and AV."""
-        return 4.0 * self.layers * self.heads * self.head_dim
+    def peak_flop_per_s(self, arithmetic: Arithmetic) -> float:
+        """Of dense matrices in that format, or in the next wider one that the card has units for."""
+        offered = {
+            "fp8": (self.peak_fp8_flop_per_s,),
+            "fp4": (self.peak_fp4_flop_per_s, self.peak_fp8_flop_per_s),
+        }
+        return next((peak for peak in offered.get(arithmetic, ()) if peak), self.peak_bf16_flop_per_s)
 
 
-class Objective(_Part):
+class Objective(Part):
     """Default latency objectives of the profile."""
 
     ttft_s: Positive
@@ -127,7 +113,7 @@ class Objective(_Part):
     source: str
 
 
-class DeploymentShape(_Part):
+class DeploymentShape(Part):
     """What the operator decided; every axis fastest first."""
 
     allotted_gpus: Count
@@ -153,7 +139,7 @@ class DeploymentShape(_Part):
         return self
 
 
-class Parameters(_Part):
+class Parameters(Part):
     """Everything fitted or assumed. Powers are per GPU at the highest clock."""
 
     # time
@@ -195,7 +181,7 @@ class Parameters(_Part):
             yield name, getattr(self, name)
 
 
-class DecodeRow(_Part):
+class DecodeRow(Part):
     """Measured pure decode at the default (highest) clock and one batch size."""
 
     tp_degree: Count
@@ -206,7 +192,7 @@ class DecodeRow(_Part):
     source: str
 
 
-class AllReduce(_Part):
+class AllReduce(Part):
     """Bandwidth of an all-reduce over a TP group: message bytes / (time - latency)."""
 
     tp_degree: Count
@@ -214,7 +200,7 @@ class AllReduce(_Part):
     source: str
 
 
-class Profile(_Part):
+class Profile(Part):
     """One (GPU, model) pair."""
 
     schema_version: Literal[1]
@@ -250,7 +236,8 @@ class Profile(_Part):
         shape = self.deployment
         per_gpu = shape.gpu_memory_utilization * self.gpu.hbm_bytes - shape.reserved_bytes_per_gpu
         free_bytes = per_gpu * tp_degree - self.model.weight_bytes
-        return int(free_bytes // (self.model.kv_bytes_per_token * KV_BLOCK_TOKENS))
+        block_bytes = self.model.kv_bytes_per_token * self.model.kv_copies(tp_degree) * KV_BLOCK_TOKENS
+        return int(free_bytes // block_bytes)
 
     @property
     def startup_s(self) -> float:

@@ -58,6 +58,11 @@ _COMMANDS = (
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
     ("serve", "serve:serve", "Run vLLM behind a gateway that holds, caps and moves its requests."),
     ("load", "load:load", "Send a trace's requests to a running server, and measure its latencies."),
+    (
+        "characterize",
+        "characterize:characterize",
+        "Measure latency and energy over clocks, batch caps, TP degrees, lengths and load.",
+    ),
     ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )
 _TRACE_COMMANDS = (

@@ -225,6 +225,76 @@ class ServeSettings(Settings):
     """Restart an engine that makes no progress, which ends its requests; otherwise it is only reported."""
 
 
+class CharacterizeSettings(Settings):
+    """Latency and energy of a deployment over clocks, batch caps, TP degrees, lengths and load."""
+
+    out: Path = Path("runs/characterize")
+    """Run folder. A campaign of the same settings in it is resumed; one of other settings is refused."""
+    deployment: Literal["simulated", "live", "attach"] = "simulated"
+    """``simulated``: a profile. ``live``: a stack of ``rlgov serve``. ``attach``: a vLLM that runs."""
+    profile: str | None = None
+    """Profile name or path of a profile file. Simulated: what is simulated. Live and attach: the axes and
+    the number of GPUs; without one, all that the deployment offers."""
+    clocks: tuple[PositiveInt, ...] = ()
+    """SM clocks in MHz; all that are offered if not given."""
+    caps: tuple[PositiveInt, ...] = ()
+    """Batch caps; all that are offered if not given."""
+    tp: tuple[PositiveInt, ...] = ()
+    """TP degrees; all that are offered if not given. Attach: the degree that vLLM was started with."""
+    classes: tuple[str, ...] = ()
+    """Classes of lengths such as short-in/long-out (short, medium, long each way); all nine if neither these
+    nor traces are given."""
+    traces: tuple[str, ...] = ()
+    """Trace files or ``synthetic:NAME`` whose lengths are sent, too."""
+    length_scale: PositiveFloat = 1.0
+    """Multiplies the lengths of the classes, for models of a short context."""
+    closed: bool = True
+    """Measure in a closed loop: each of so many users asks again when answered."""
+    concurrency: tuple[PositiveInt, ...] = ()
+    """Users of the closed loop; as many as the batch cap if not given, which saturates it."""
+    rates: tuple[PositiveFloat, ...] = ()
+    """Requests a second of open loops (Poisson arrivals)."""
+    repeats: PositiveInt = 1
+    """How often each point is measured, with other requests."""
+    warm_up_s: NonNegativeFloat = 30.0
+    """Seconds left out at a point's beginning; longer where a closed loop has not answered every user yet."""
+    measure_s: PositiveFloat = 60.0
+    """Seconds measured. A point that is not steady is held up to three times as long, then marked."""
+    cool_down_s: NonNegativeFloat = 5.0
+    """Seconds without load after a point; none in simulation."""
+    seed: NonNegativeInt = 0
+    """Fixes requests and the order of the points."""
+    iterations: bool | None = None
+    """Keep a row an iteration in iterations.parquet; by default where they are measured, not simulated."""
+    control: Path = Path("runs/serve/control.sock")
+    """Live: the control socket of ``rlgov serve``."""
+    url: str = "http://127.0.0.1:8000"
+    """Live and attach: where requests are sent."""
+    gpus: tuple[str, ...] = ("auto",)
+    """Live and attach: GPUs by UUID, or ``none``; ``auto``: the stack's own (attach: all of this machine)."""
+    token_env: str | None = None
+    """Attach: environment variable with the plugin's token, for batch caps and iterations."""
+    api_key_env: str | None = None
+    """Live and attach: environment variable with the server's API key."""
+    vocabulary: Annotated[int, Field(ge=64)] = 30_000
+    """Live and attach: prompts are drawn from token ids 16 up to this."""
+    switch_timeout_s: PositiveFloat = 900.0
+    """Live: longest wait for a TP switch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.closed and not self.rates:
+            msg = "there is no load to measure under; leave the closed loop in, or give rates"
+            raise ValueError(msg)
+        if self.deployment == "attach" and len(self.tp) != 1:
+            msg = "attach needs the one TP degree that vLLM was started with; give it as tp"
+            raise ValueError(msg)
+        if self.token_env is not None and self.deployment != "attach":
+            msg = "token_env is for attach; rlgov serve has a token of its own"
+            raise ValueError(msg)
+        return self
+
+
 class LoadSettings(Settings):
     """A trace's requests sent to an OpenAI-compatible server, at their times and with their token counts."""
 

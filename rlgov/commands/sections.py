@@ -12,6 +12,7 @@ def sections() -> dict[str, type[BaseModel]]:
     """The record of settings of each section, in the order people meet them."""
     from rlgov.agents.train_config import TrainConfig
     from rlgov.config import (
+        CharacterizeSettings,
         DemoSettings,
         ExportSettings,
         LoadSettings,
@@ -30,4 +31,5 @@ def sections() -> dict[str, type[BaseModel]]:
         "export": ExportSettings,
         "serve": ServeSettings,
         "load": LoadSettings,
+        "characterize": CharacterizeSettings,
     }

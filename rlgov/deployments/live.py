@@ -121,6 +121,11 @@ class LiveDeployment:
         return self._meter.present
 
     @property
+    def end_s(self) -> float:
+        """When the last window ended, on the monotonic clock."""
+        return self._end_s
+
+    @property
     def finished(self) -> bool:
         """Whether an attached workload has ended; without one, never."""
         return self._workload.finished

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
-from rlgov.engine.samples import EngineSample  # noqa: TC001  # pydantic reads the annotations
+from rlgov.engine.samples import EngineIterations, EngineSample
 from rlgov.engine.telemetry.page import sample_from_page
 from rlgov.errors import EngineError, TelemetryError
 
@@ -54,6 +54,7 @@ class PluginState:
 
 
 _STATE = TypeAdapter(PluginState)
+_ITERATIONS = TypeAdapter(EngineIterations)
 
 
 class NoSuchCallError(EngineError):
@@ -163,6 +164,27 @@ class EngineClient:
                 "see who listens there"
             )
         return state
+
+    async def plugin_iterations(self, after: int, timeout_s: float = CALL_S) -> EngineIterations:
+        """Iterations after a cursor, from the plugin.
+
+        Raises:
+            NoSuchCallError: The plugin is not loaded.
+            RefusedError: The plugin cannot count in this version of vLLM.
+            EngineError: No answer, or one that is not understood.
+        """
+        call = f"/rlgov/v1/iterations?after={after}"
+        status, raw = await self._call("GET", call, timeout_s=timeout_s, headers=self._token)
+        answer = self._json("GET /rlgov/v1/iterations", status, raw)
+        try:
+            return _ITERATIONS.validate_python({"engine_id": self._engine_id} | answer)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise EngineError(
+                f"{self._name}: the plugin's iterations are not understood ({where}: {first['msg']}); "
+                "install the same version of rlgov in vLLM's environment"
+            ) from None
 
     async def metrics_sample(self, timeout_s: float = CALL_S) -> EngineSample:
         """Counters from the metrics page. Raises EngineError.

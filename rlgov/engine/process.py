@@ -31,7 +31,7 @@ from rlgov.errors import EngineError
 
 if TYPE_CHECKING:
     from rlgov.clock import Clock
-    from rlgov.engine.samples import EngineSample
+    from rlgov.engine.samples import EngineIterations, EngineSample
 
 __all__ = ["EngineProcess", "EngineSpec", "PluginInfo", "ProcessIdentity", "kill_family"]
 
@@ -197,6 +197,10 @@ class EngineProcess:
                     return sample
                 self._plugin_samples = False  # for good: counters of plugin and page must not be mixed
         return await self._client.metrics_sample(timeout_s)
+
+    async def iterations(self, after: int) -> EngineIterations:
+        """Iterations after a cursor, from the plugin. Raises EngineError, also where there is none."""
+        return await self._client.plugin_iterations(after)
 
     async def plugin_info(self) -> PluginInfo | None:
         """What the plugin says about itself; None without plugin. Also finds out who can hold the batch cap.

@@ -98,6 +98,17 @@ class EngineSample:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineIterations:
+    """Iterations of one engine after a cursor, oldest first. A cursor is of one engine."""
+
+    engine_id: str
+    cursor: int  # ask with this the next time
+    dropped: int  # iterations that were forgotten before they were asked for
+    columns: tuple[str, ...]  # of :data:`rlgov.engine.plugin.counters.COLUMNS`
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """One engine of a serving stack."""
 

@@ -16,13 +16,14 @@ from rlgov.engine.stack_settings import offer
 from rlgov.engine.supervisor import Supervisor
 from rlgov.engine.switch.feasibility import aligned
 from rlgov.engine.switch.journal import RunFolder
-from rlgov.errors import ConfigError
+from rlgov.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rlgov.clock import Clock
     from rlgov.engine.control.schema import ConfigurationRequest
+    from rlgov.engine.samples import EngineIterations
     from rlgov.engine.stack_settings import StackSettings
 
 LOG = logging.getLogger(__name__)
@@ -163,6 +164,17 @@ class Stack:
             if isinstance(reading, str)
         }
         return StackInterval(self.state(), self._gateway.traffic(after), samples, unread)
+
+    async def iterations(self, after: int, engine_id: str) -> EngineIterations:
+        """Iterations of the engine that takes new requests; a cursor of another engine counts as 0.
+
+        Raises:
+            EngineError: No engine takes requests, or it has no plugin to tell.
+        """
+        routed = self._serving.routed
+        if routed is None:
+            raise EngineError("no engine takes requests now; ask again when the stack is ready")
+        return await routed.running.iterations(after if routed.engine_id == engine_id else 0)
 
     async def configure(self, request: ConfigurationRequest) -> StackState:
         """Put a cap in force, begin a switch, or both.

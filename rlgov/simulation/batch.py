@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlgov.errors import ConfigError
-from rlgov.records import WINDOW_FIELDS
+from rlgov.records import WINDOW_FIELDS, Column
 from rlgov.simulation import kernel, layout
 
 if TYPE_CHECKING:
@@ -173,6 +173,74 @@ class SimulationBatch:
             jump,
         )
         return rows
+
+    def play_iterations(self, i: int, index: tuple[int, int, int], until_s: float) -> NDArray[np.float64]:
+        """Play simulation ``i`` alone up to ``until_s``, one iteration after another.
+
+        Holds one setting, with no TP switch in progress. Slower than windows, and ends in the same state.
+
+        Returns:
+            Rows of shape (iterations, 8): end of the iteration, its duration, requests running in it and
+            waiting behind it, prompt tokens and decode tokens computed, tokens attended to by what decodes,
+            and the share of KV blocks in use at its end. As the plugin tells them of a real engine.
+        """
+        until_ps = round(until_s * layout.PS_PER_S)
+        rows: list[tuple[float, ...]] = []
+        while (now_ps := int(self._batch.ints[i, layout.S_NOW])) < until_ps:
+            engine = self._batch.engines[i, self._batch.ints[i, layout.S_ACTIVE]]
+            if engine[layout.E_FLYING]:
+                begin_ps = int(engine[layout.E_FLY_END] - engine[layout.E_FLY_FULL])
+            else:
+                begin_ps = now_ps
+                self._play_ps(i, index, 1)  # forms the next iteration, if there is one
+                if not engine[layout.E_FLYING]:
+                    self._play_ps(i, index, min(self._next_arrival_ps(i), until_ps) - now_ps - 1)
+                    continue
+            end_ps = int(engine[layout.E_FLY_END])
+            prefill, decodes = int(engine[layout.E_FLY_TOKENS]), int(engine[layout.E_FLY_DECODES])
+            context, running = int(engine[layout.E_FLY_CONTEXT]), int(engine[layout.E_RUNNING])
+            waiting = self._rows[i, Column.WAITING]
+            now_ps = int(self._batch.ints[i, layout.S_NOW])
+            row = self._play_ps(i, index, min(end_ps, until_ps) - now_ps)
+            if end_ps <= until_ps:
+                kv_usage = float(row[Column.KV_USAGE])
+                rows.append(
+                    (
+                        end_ps / layout.PS_PER_S,
+                        (end_ps - begin_ps) / layout.PS_PER_S,
+                        float(running),
+                        float(waiting),
+                        float(prefill),
+                        float(decodes),
+                        float(context),
+                        kv_usage,
+                    )
+                )
+        return np.array(rows, dtype=np.float64).reshape(len(rows), 8)
+
+    def play_until(self, i: int, index: tuple[int, int, int], until_s: float) -> None:
+        """Hold one setting up to ``until_s``, as one window of whatever length."""
+        clock, cap = self._grid_index[index[0]], self._caps[index[1]]
+        left_ps = round(until_s * layout.PS_PER_S) - int(self._batch.ints[i, layout.S_NOW])
+        if left_ps > 0:
+            kernel.advance_one(
+                self._batch, self._physics, i, clock, cap, index[2], left_ps, self._rows[i], True  # noqa: FBT003  # compiled: no keywords
+            )  # fmt: skip
+
+    def _play_ps(self, i: int, index: tuple[int, int, int], duration_ps: int) -> NDArray[np.float64]:
+        row: NDArray[np.float64] = self._rows[i]
+        if duration_ps > 0:
+            clock, cap = self._grid_index[index[0]], self._caps[index[1]]
+            kernel.advance_one(
+                self._batch, self._physics, i, clock, cap, index[2], duration_ps, row, False  # noqa: FBT003  # compiled: no keywords
+            )  # fmt: skip
+        return row
+
+    def _next_arrival_ps(self, i: int) -> int:
+        engine = self._batch.engines[i, self._batch.ints[i, layout.S_ACTIVE]]
+        at = int(engine[layout.E_NEXT])
+        known = at < min(int(engine[layout.E_END]), int(self._lengths[i]))
+        return int(self._batch.requests[i, at, layout.R_ARRIVAL]) if known else int(layout.NEVER)
 
     @property
     def now_s(self) -> NDArray[np.float64]:

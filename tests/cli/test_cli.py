@@ -178,6 +178,7 @@ def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[
         "export",
         "serve",
         "load",
+        "characterize",
     }
     assert schema["additionalProperties"] is False
 

@@ -7,11 +7,13 @@ import json
 import os
 import socket
 from typing import TYPE_CHECKING, Self
+from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
 from rlgov.engine.control.schema import (
     INTERVAL,
+    ITERATIONS,
     LIMITS,
     SCHEMA_HEADER,
     STATE,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeVar
 
-    from rlgov.engine.samples import StackInterval, StackLimits, StackState
+    from rlgov.engine.samples import EngineIterations, StackInterval, StackLimits, StackState
 
     Value = TypeVar("Value")
 
@@ -74,6 +76,20 @@ class StackClient:
             DeploymentError: The stack cannot be asked.
         """
         return self._get(f"/v1/interval?after={after}", INTERVAL)
+
+    def iterations(self, after: int, engine_id: str = "") -> EngineIterations:
+        """Iterations of the engine that takes new requests, a few thousand at most: ask again for more.
+
+        Args:
+            after: The cursor of the last answer; 0 at first.
+            engine_id: The engine of the last answer. When another one serves by now, all of its are given.
+
+        Raises:
+            DeploymentError: The stack cannot be asked.
+            EngineError: No engine serves, or it has no plugin to tell.
+        """
+        engine = f"&engine={quote(engine_id, safe='')}" if engine_id else ""
+        return self._get(f"/v1/iterations?after={after}{engine}", ITERATIONS)
 
     def configure(
         self, *, batch_cap: int | None = None, tp_degree: int | None = None, lease_s: float | None = None

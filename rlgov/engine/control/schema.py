@@ -22,6 +22,7 @@ _VALUES = (
     samples.RequestRecord,
     samples.Traffic,
     samples.EngineSample,
+    samples.EngineIterations,
     samples.EngineInfo,
     samples.StackState,
     samples.StackInterval,
@@ -35,12 +36,13 @@ with_config(ConfigDict(extra="forbid", ser_json_inf_nan="strings"))(samples.Hist
 STATE = TypeAdapter(samples.StackState)
 LIMITS = TypeAdapter(samples.StackLimits)
 INTERVAL = TypeAdapter(samples.StackInterval)
+ITERATIONS = TypeAdapter(samples.EngineIterations)
 
 
 @lru_cache(maxsize=1)
 def schema_digest() -> str:
     """Twelve hexadecimal digits that differ where two sides would not understand each other."""
-    schemas = [adapter.json_schema() for adapter in (STATE, LIMITS, INTERVAL)]
+    schemas = [adapter.json_schema() for adapter in (STATE, LIMITS, INTERVAL, ITERATIONS)]
     schemas.append(ConfigurationRequest.model_json_schema())
     return hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -1,6 +1,7 @@
 """The control socket of a serving stack: HTTP and JSON over a Unix socket.
 
-``GET /v1/limits``, ``GET /v1/state``, ``GET /v1/interval?after=CURSOR``, ``POST /v1/configuration``.
+``GET /v1/limits``, ``GET /v1/state``, ``GET /v1/interval?after=CURSOR``,
+``GET /v1/iterations?after=CURSOR&engine=ID``, ``POST /v1/configuration``.
 The socket's mode (0660) is its access control. TCP is off; where it is asked for, every call needs the
 token.
 """
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from rlgov.config import explain
 from rlgov.engine.control.schema import (
     INTERVAL,
+    ITERATIONS,
     LIMITS,
     SCHEMA_HEADER,
     STATE,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from rlgov.engine.samples import StackInterval, StackLimits, StackState
+    from rlgov.engine.samples import EngineIterations, StackInterval, StackLimits, StackState
 
 SOCKET_UMASK = 0o117  # leaves read and write for owner and group
 LARGEST_BODY_BYTES = 16 * 1024
@@ -51,6 +53,10 @@ class ControlTarget(Protocol):
 
     async def interval(self, after: int) -> StackInterval:
         """One reading of everything, with the requests closed after a cursor."""
+        ...
+
+    async def iterations(self, after: int, engine_id: str) -> EngineIterations:
+        """Iterations of the serving engine after a cursor, which is of ``engine_id``."""
         ...
 
     async def configure(self, request: ConfigurationRequest) -> StackState:
@@ -112,6 +118,7 @@ class ControlServer:
         application.router.add_get("/v1/limits", self._limits)
         application.router.add_get("/v1/state", self._state)
         application.router.add_get("/v1/interval", self._interval)
+        application.router.add_get("/v1/iterations", self._iterations)
         application.router.add_post("/v1/configuration", self._configuration)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -125,10 +132,12 @@ class ControlServer:
         return _json(STATE.dump_json(self._target.state()))
 
     async def _interval(self, request: web.Request) -> web.Response:
-        given = request.query.get("after", "0")
-        if set(request.query) - {"after"} or not (given.isascii() and given.isdigit() and len(given) < 20):  # noqa: PLR2004  # more digits than a cursor ever has
-            raise ConfigError("interval takes one number, after: the cursor of the last answer, 0 at first")
-        return _json(INTERVAL.dump_json(await self._target.interval(int(given))))
+        return _json(INTERVAL.dump_json(await self._target.interval(_cursor(request, "interval"))))
+
+    async def _iterations(self, request: web.Request) -> web.Response:
+        after = _cursor(request, "iterations", "engine")
+        found = await self._target.iterations(after, request.query.get("engine", ""))
+        return _json(ITERATIONS.dump_json(found))
 
     async def _configuration(self, request: web.Request) -> web.Response:
         try:
@@ -136,6 +145,14 @@ class ControlServer:
         except ValidationError as error:
             raise ConfigError(f"configuration: {explain(error)}") from error
         return _json(STATE.dump_json(await self._target.configure(asked)))
+
+
+def _cursor(request: web.Request, call: str, *others: str) -> int:
+    given = request.query.get("after", "0")
+    known = set(request.query) <= {"after", *others}
+    if not known or not (given.isascii() and given.isdigit() and len(given) < 20):  # noqa: PLR2004  # more digits than a cursor ever has
+        raise ConfigError(f"{call} takes one number, after: the cursor of the last answer, 0 at first")
+    return int(given)
 
 
 def _authorised(token: str | None) -> Middleware:

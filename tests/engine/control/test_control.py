@@ -24,6 +24,7 @@ from rlgov.engine.control.schema import INTERVAL, LIMITS, STATE, ConfigurationRe
 from rlgov.engine.control.server import LARGEST_BODY_BYTES, ControlServer
 from rlgov.engine.samples import (
     EngineInfo,
+    EngineIterations,
     EngineSample,
     Histogram,
     Outcome,
@@ -60,6 +61,11 @@ class _Target:
     async def interval(self, after: int) -> StackInterval:
         await asyncio.sleep(self.wait_s)
         return StackInterval(STATE_VALUE, Traffic(1.0, after + 1, (), ()), ())
+
+    async def iterations(self, after: int, engine_id: str) -> EngineIterations:
+        if self.fail is not None:
+            raise self.fail
+        return EngineIterations(engine_id, after + 1, 0, ("t_s", "running"), ((0.5, 3.0),))
 
     async def configure(self, request: ConfigurationRequest) -> StackState:
         if self.fail is not None:
@@ -119,6 +125,16 @@ def test_the_client_reads_what_the_stack_says(path: Path) -> None:
         assert client.limits() == LIMITS_VALUE
         assert client.state() == STATE_VALUE
         assert client.interval(41).traffic.cursor == 42
+
+
+def test_iterations_are_passed_on_with_cursor_and_engine(path: Path, target: _Target) -> None:
+    with StackClient(path) as client:
+        told = client.iterations(7, "tp2-a&b/c")
+        assert told == EngineIterations("tp2-a&b/c", 8, 0, ("t_s", "running"), ((0.5, 3.0),))
+        assert client.iterations(0).engine_id == ""
+        target.fail = EngineError("no engine takes requests now")
+        with pytest.raises(EngineError, match="no engine takes requests"):
+            client.iterations(0)
 
 
 def test_a_configuration_arrives_as_it_was_asked_for(path: Path, target: _Target) -> None:

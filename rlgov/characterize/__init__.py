@@ -1,0 +1,1 @@
+"""Characterise a deployment: latency and energy over clocks, batch caps, TP degrees, lengths and load."""

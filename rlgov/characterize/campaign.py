@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
@@ -135,6 +135,9 @@ def run_campaign(
                 progress(len(tasks) - len(left) + done + 1, len(tasks), what)
             if done + 1 < len(left):
                 bench.rest(settings.cool_down_s)
+        if left and bench.notes != header.notes:
+            header = replace(header, notes=bench.notes)
+            write_header(folder, header)
         rows = [journal.rows[point.point_id, r] for point in points for r in range(settings.repeats)]
         table = frame_of(rows, POINTS, str(folder))
         files = [folder / HEADER_FILE, *write_points(folder, table)]
@@ -261,6 +264,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "gpu": outcome.header.gpu,
         "rows": len(points),
         "measured_now": outcome.measured,
+        "notes": list(outcome.header.notes),
         "not_steady": int((~points["steady"].astype(bool)).sum()),
         "failed_requests": int(points["failed"].fillna(0).sum()),
         "least_j_per_output_token": None if best is None else float(best["j_per_output_token"]),

@@ -36,6 +36,11 @@ class IterationSource(Protocol):
         """GPUs of the serving engine; empty where that is not known."""
         ...
 
+    @property
+    def problem(self) -> str:
+        """Why the engine does not tell; empty where it does, or where nobody asks."""
+        ...
+
     def skip(self) -> None:
         """Forget what came so far."""
         ...
@@ -57,6 +62,7 @@ class NoIterations:
     """The engine cannot tell."""
 
     gpu_uuids: Collection[str] = ()
+    problem = ""
 
     def skip(self) -> None:
         """Nothing to forget."""
@@ -121,6 +127,11 @@ class StackIterations:
         """GPUs of the engine that serves."""
         return self._gpus
 
+    @property
+    def problem(self) -> str:
+        """Why the last fetch failed."""
+        return self._ring.failure
+
     def skip(self) -> None:
         """Forget what came so far."""
         self.fetch()
@@ -165,6 +176,11 @@ class PluginIterations:
         self._session.trust_env = False  # no proxies and no credentials but ours
         self._session.headers["Authorization"] = f"Bearer {token}"
         self._ring = _Ring()
+
+    @property
+    def problem(self) -> str:
+        """Why the last fetch failed."""
+        return self._ring.failure
 
     def skip(self) -> None:
         """Forget what came so far."""

@@ -78,7 +78,7 @@ class LiveBench:
         notes: tuple[str, ...] = (),
     ) -> None:
         self.place = place
-        self.notes = notes
+        self._notes = notes
         self._deployment = deployment
         self._gpus = gpus
         self._iterations = iterations
@@ -95,6 +95,12 @@ class LiveBench:
     def limits(self) -> Limits:
         """What the deployment offers."""
         return self._deployment.limits
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know, with what went wrong last while iterations were read."""
+        problem = self._iterations.problem
+        return (*self._notes, f"no iterations: {problem}") if problem else self._notes
 
     @property
     def clocks_present(self) -> bool:

@@ -53,7 +53,7 @@ def characterize(
     if json:
         put_json(told)
         return
-    lists = {name: told.pop(name) for name in ("files", "report")}
+    lists = {name: told.pop(name) for name in ("notes", "files", "report")}
     put_fields("characterisation", {name: "-" if value is None else value for name, value in told.items()})
     sys.stdout.writelines(f"{path}\n" for paths in lists.values() for path in paths)
 

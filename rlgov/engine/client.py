@@ -177,7 +177,7 @@ class EngineClient:
         status, raw = await self._call("GET", call, timeout_s=timeout_s, headers=self._token)
         answer = self._json("GET /rlgov/v1/iterations", status, raw)
         try:
-            return _ITERATIONS.validate_python({"engine_id": self._engine_id} | answer)
+            return _ITERATIONS.validate_json(json.dumps({"engine_id": self._engine_id} | answer))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

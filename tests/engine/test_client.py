@@ -19,7 +19,7 @@ from rlgov.engine.client import (
     RefusedError,
     UnreachableError,
 )
-from rlgov.engine.samples import EngineSample
+from rlgov.engine.samples import EngineIterations, EngineSample
 from rlgov.errors import EngineError
 
 PATIENCE_S = 60.0
@@ -140,6 +140,20 @@ def test_a_completion_counts_by_tokens_and_finish_reason(reason: Any, tokens: in
 def test_a_completion_without_choices_or_usage(body: Any) -> None:
     with pytest.raises(EngineError):
         _ask(_answer(body), lambda client: client.complete(2, PATIENCE_S))
+
+
+def test_iterations_are_of_the_engine_that_was_asked() -> None:
+    body = {"cursor": 9, "dropped": 2, "columns": ["t_s", "running"], "rows": [[0.5, 3], [1, 4.0]]}
+    told = _ask(_answer(body), lambda client: client.plugin_iterations(7))
+    assert told == EngineIterations("e1", 9, 2, ("t_s", "running"), ((0.5, 3.0), (1.0, 4.0)))
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"cursor": -1.5}, {"cursor": 1, "dropped": 0, "columns": [], "rows": [["x"]]}, []]
+)
+def test_iterations_that_are_none_are_an_error(body: Any) -> None:
+    with pytest.raises(EngineError, match="e1"):
+        _ask(_answer(body), lambda client: client.plugin_iterations(0))
 
 
 def test_a_huge_page_is_not_read() -> None:

@@ -30,6 +30,7 @@ from rlgov.characterize.journal import PointJournal
 from rlgov.characterize.measure import iteration_rows, point_row, span_s
 from rlgov.characterize.plan import Axes, build_points, choose, order_tasks
 from rlgov.characterize.steady import find_span, warm_up_windows
+from rlgov.config import DEFAULT_PROFILE
 from rlgov.errors import CharacterizationError
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _header(settings: CharacterizeSettings, bench: Bench, points: Sequence[Point
         schema=SCHEMA,
         rlgov_version=__version__,
         deployment=settings.deployment,
-        profile=settings.profile or "",
+        profile=settings.profile or (DEFAULT_PROFILE if settings.deployment == "simulated" else ""),
         model=bench.place.model,
         gpu=bench.place.gpu,
         seed=settings.seed,

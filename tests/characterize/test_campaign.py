@@ -112,6 +112,7 @@ def test_what_the_points_say_holds_together(whole: Path) -> None:
     points = read_points(whole)
     assert (points["failed"] == 0).all()
     assert (points["source"] == "simulated").all()
+    assert read_header(whole).profile == "h100-qwen3-32b"
     assert points["energy_j"].to_numpy() == pytest.approx(
         (points["power_w_per_gpu"] * points["duration_s"] * points["tp_degree"]).to_numpy(dtype=np.float64)
     )

@@ -73,6 +73,8 @@ _TRACE_COMMANDS = (
 _PROFILE_COMMANDS = (
     ("list", "profile:list_profiles", "Name the profiles that come with rlgov."),
     ("show", "profile:show", "What a profile holds, and what follows from it."),
+    ("create", "profile_create:create", "Write a profile by physics alone: a data sheet and a config.json."),
+    ("gpus", "profile_create:gpus", "The GPUs that `profile create` knows, and the source of every number."),
 )
 _CONFIG_COMMANDS = (
     ("show", "config:show", "Every setting in force, and where it comes from."),

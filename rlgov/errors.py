@@ -45,3 +45,7 @@ class TelemetryError(DeploymentError):
 
 class CharacterizationError(RlgovError):
     """A characterisation cannot be run, or what it wrote cannot be read."""
+
+
+class CalibrationError(RlgovError):
+    """Measurements cannot be fitted; the message says which rows, columns or settings are missing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -240,17 +239,3 @@ def test_a_damaged_line_is_named_and_a_torn_one_cut_off(tmp_path: Path) -> None:
     path.write_text('["a", 0]\n', encoding="utf-8")
     with pytest.raises(CharacterizationError, match="not a finished point"):
         PointJournal(tmp_path)
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_a_campaign_that_can_be_resumed(repository: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "rlgov", "characterize", "--out", str(out)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=repository, stdout=log, stderr=log, env=os.environ)
-        _until(lambda: _lines(out / JOURNAL_FILE) >= 2, process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT_S) == 130
-    assert 2 <= _lines(out / JOURNAL_FILE) < 1944
-    with PointJournal(out) as journal:
-        assert len(journal.rows) == _lines(out / JOURNAL_FILE)

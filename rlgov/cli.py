@@ -63,6 +63,7 @@ _COMMANDS = (
         "characterize:characterize",
         "Measure latency and energy over clocks, batch caps, TP degrees, lengths and load.",
     ),
+    ("calibrate", "calibrate:calibrate", "Fit a profile to measurements, and say how well it holds."),
     ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )
 _TRACE_COMMANDS = (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import socket
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote
 
@@ -20,6 +18,7 @@ from rlgov.engine.control.schema import (
     ConfigurationRequest,
     schema_digest,
 )
+from rlgov.engine.control.unix_socket import UnixConnection
 from rlgov.errors import DeploymentError, EngineError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class StackClient:
     """
 
     def __init__(self, socket_path: Path, timeout_s: float = 5.0) -> None:
-        self._connection = _UnixConnection(socket_path, timeout_s)
+        self._connection = UnixConnection(socket_path, timeout_s)
         self._path = socket_path
 
     def __enter__(self) -> Self:
@@ -178,26 +177,6 @@ class StackClient:
         return DeploymentError(
             f"{self._path}: cannot be reached ({reason}); start `rlgov serve`, or name its control socket"
         )
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    timeout: float
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            link.settimeout(self.timeout)
-            link.connect(os.fspath(self._path))
-        except OSError:
-            link.close()
-            raise
-        self.sock = link
 
 
 def _reason(content: bytes, status: int) -> str:

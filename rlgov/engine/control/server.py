@@ -9,8 +9,6 @@ token.
 from __future__ import annotations
 
 import hmac
-import os
-import socket
 from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
@@ -26,6 +24,7 @@ from rlgov.engine.control.schema import (
     ConfigurationRequest,
     schema_digest,
 )
+from rlgov.engine.control.unix_socket import bind_unix
 from rlgov.errors import ConfigError, RlgovError
 
 if TYPE_CHECKING:
@@ -35,9 +34,7 @@ if TYPE_CHECKING:
 
     from rlgov.engine.samples import EngineIterations, StackInterval, StackLimits, StackState
 
-SOCKET_UMASK = 0o117  # leaves read and write for owner and group
 LARGEST_BODY_BYTES = 16 * 1024
-LONGEST_SOCKET_PATH_BYTES = 107  # the kernel's sun_path, less its terminating zero
 
 
 class ControlTarget(Protocol):
@@ -95,7 +92,7 @@ class ControlServer:
         if tcp_host is not None and not self._token:
             raise ConfigError("control over TCP needs a token; set one, or use the Unix socket alone")
         runner = await self._runner(token=None)
-        await web.SockSite(runner, _bind(self._path)).start()
+        await web.SockSite(runner, bind_unix(self._path, flag="--control", who="stack")).start()
         if tcp_host is None:
             return None
         runner = await self._runner(token=self._token)
@@ -185,46 +182,3 @@ def _json(body: bytes) -> web.Response:
 
 def _error(text: str, status: int) -> web.Response:
     return web.json_response({"error": text}, status=status, headers={SCHEMA_HEADER: schema_digest()})
-
-
-def _bind(path: Path) -> socket.socket:
-    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH_BYTES:
-        raise ConfigError(
-            f"{path}: too long for a Unix socket ({LONGEST_SOCKET_PATH_BYTES} bytes at most); "
-            "give a shorter path with --control"
-        )
-    _remove_leftover(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(SOCKET_UMASK)
-    try:
-        listener.bind(os.fspath(path))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"{path}: cannot be made ({error.strerror}); give a writable place with --control"
-        ) from error
-    finally:
-        os.umask(before)
-    return listener
-
-
-def _remove_leftover(path: Path) -> None:
-    """Remove a socket that nobody listens on; anything else at that path is somebody's and stays."""
-    if not path.is_socket():
-        if path.exists():
-            raise ConfigError(f"{path}: is there and is no socket; give another path with --control")
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be used ({error.strerror or error}); give another path"
-            ) from error
-        else:
-            raise ConfigError(
-                f"{path}: another stack listens there; stop it, or give another path with --control"
-            )

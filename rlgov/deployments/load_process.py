@@ -90,7 +90,7 @@ class LoadProcess:
         if process is None:
             return
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # SIGINT may be ignored: background jobs inherit that
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:

@@ -239,3 +239,41 @@ def test_a_damaged_line_is_named_and_a_torn_one_cut_off(tmp_path: Path) -> None:
     path.write_text('["a", 0]\n', encoding="utf-8")
     with pytest.raises(CharacterizationError, match="not a finished point"):
         PointJournal(tmp_path)
+
+
+def test_ctrl_c_between_two_points_ends_with_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    add = PointJournal.add
+
+    def add_and_interrupt(journal: PointJournal, row: dict[str, Any]) -> None:
+        add(journal, row)
+        if len(journal.rows) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PointJournal, "add", add_and_interrupt)
+        assert cli.run(["characterize", "--out", str(out), *ONE, "--repeats", "4"]) == cli.EXIT_INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+    assert _lines(out / JOURNAL_FILE) == 2
+    assert cli.run(["characterize", "--out", str(out), *ONE, "--repeats", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured_now"] == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_program(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # Half an hour of it: it cannot come to its end before the signal does.
+    command = [sys.executable, "-m", "rlgov", "characterize", "--out", str(out), "--repeats", "20"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=repository, stdout=log, stderr=log)
+        try:
+            _until(lambda: _lines(out / JOURNAL_FILE) >= 2, process)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(WAIT_S) == cli.EXIT_INTERRUPTED
+        finally:
+            process.kill()
+            process.wait()
+    with PointJournal(out) as journal:
+        assert 2 <= len(journal.rows) == _lines(out / JOURNAL_FILE)

@@ -26,7 +26,7 @@ import pathlib, signal, sys, threading
 flags = sys.argv[1:]
 out = pathlib.Path(flags[flags.index("--out") + 1])
 stopped = threading.Event()
-signal.signal(signal.SIGINT, lambda *_: stopped.set())
+signal.signal(signal.SIGTERM, lambda *_: stopped.set())
 (out / "flags.txt").write_text("\\n".join(flags))
 if "--wait" in flags:
     print("waiting", flush=True)

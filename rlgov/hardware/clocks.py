@@ -88,6 +88,10 @@ class ClockControl(Protocol):
         """Hold all GPUs at the highest supported clock at or below ``sm_clock_mhz``, or change none."""
         ...
 
+    def renew(self) -> None:
+        """Say that the lock is still wanted; call it every interval in which the clock does not change."""
+        ...
+
     def restore(self) -> None:
         """Put back what was found before the first lock. Safe to call at any time, and twice."""
         ...
@@ -267,6 +271,9 @@ class GroupClocks:
             raise
         self._locked_mhz = wanted_mhz
         self._locked_at_s = self._clock.monotonic_s()
+
+    def renew(self) -> None:
+        """Does nothing: a lock of this process's own has no end but :meth:`restore`."""
 
     def restore(self) -> None:
         """Put back what was found before the first lock, on every GPU that answers.

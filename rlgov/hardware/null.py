@@ -44,6 +44,9 @@ class NullClocks:
     def lock(self, sm_clock_mhz: int) -> None:
         """Does nothing."""
 
+    def renew(self) -> None:
+        """Does nothing: nothing is held."""
+
     def restore(self) -> None:
         """Does nothing: nothing was changed."""
 

@@ -335,6 +335,9 @@ class FakeClocks:
             raise HardwareError(f"{sm_clock_mhz} MHz is no clock of these GPUs")
         self.world.lock_mhz = sm_clock_mhz
 
+    def renew(self) -> None:
+        self.world.enter("renew")
+
     def restore(self) -> None:
         self.world.enter("restore")
         self.world.lock_mhz = None

@@ -4,7 +4,8 @@ Stages, in order: garbage indices become the fastest ones; a TP degree that cann
 the deployment cannot give now, is refused; dwell times and rate limits slow every move towards slower
 settings; a burning SLO overrides everything, and only upwards; a window that could not be observed means
 fastest, with TP left alone. Moves towards faster settings are never delayed (TP excepted: a switch is
-expensive either way).
+expensive either way). In service a :class:`~rlgov.envs.watch.Watch` adds two causes for the fastest setting:
+serving that stands still, and a policy that did too much harm.
 
 The action mask tells a policy beforehand what the guard would let through, so a masked policy is
 rarely altered. Every decision leaves with a :class:`Reason`.
@@ -20,20 +21,23 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from rlgov.envs.action import CAP, CLOCK, TP, ActionTable
+from rlgov.envs.watch import Watch, WatchSettings
 from rlgov.errors import ConfigError
 from rlgov.records import WINDOW_FIELDS, Column
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from rlgov.envs.watch import Watched
     from rlgov.records import Limits
 
 
 class Reason(IntEnum):
     """What determined the applied configuration.
 
-    BLIND and SLO_OVERRIDE are given whenever they are in force, the others only when they changed
-    what was asked; IDLE and POLICY mean that the policy had its way.
+    BLIND, STALLED, TRIPPED and SLO_OVERRIDE are given whenever they are in force, the others only when they
+    changed what was asked; IDLE and POLICY mean that the policy had its way. STALLED, TRIPPED and OOD are of
+    service: training's guard has no watch, and nobody decides in the policy's place there.
     """
 
     POLICY = 0
@@ -44,6 +48,9 @@ class Reason(IntEnum):
     SWITCHING = 5  # a TP switch is in progress
     SLO_OVERRIDE = 6  # the SLO is burning: fastest clock, largest cap, no smaller TP degree
     BLIND = 7  # the deployment could not be observed: fastest clock, largest cap
+    STALLED = 8  # there is work, and none of it moves: fastest clock, largest cap
+    TRIPPED = 9  # the policy did too much harm and is out for a while: fastest clock, largest cap
+    OOD = 10  # unlike anything the policy was trained on: the baseline decided, and had its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,8 @@ class _Assessment:
     duration_s: NDArray[np.float64]
     since_s: NDArray[np.float64]
     average: NDArray[np.float64]
+    forced: NDArray[np.bool_]  # override, or what the watch adds: fastest clock, largest cap
+    watched: Watched | None
 
 
 class Guard:
@@ -144,15 +153,30 @@ class Guard:
         settings: How tightly to hold.
         limits: What the deployment allows. Its SLO holds until :meth:`reset` sets others.
         n: Number of deployments; a service uses 1.
+        watch: What service adds; None, as in training, for nothing.
+        follow: The settings decided last count as those in force, whatever the rows say. For decisions that
+            nobody carries out: otherwise every one of them would be held as the first step from where the
+            deployment stands.
     """
 
-    def __init__(self, settings: GuardSettings, limits: Limits, n: int) -> None:
+    def __init__(
+        self,
+        settings: GuardSettings,
+        limits: Limits,
+        n: int,
+        *,
+        watch: WatchSettings | None = None,
+        follow: bool = False,
+    ) -> None:
         if n < 1:
             msg = f"a guard serves at least one deployment, got n={n}"
             raise ConfigError(msg)
         self.settings = settings
         self.table = ActionTable(limits)
         self.n = n
+        self.watch = None if watch is None else Watch(watch, n)
+        self.follow = follow
+        self._own = np.full((n, 3), -1, dtype=np.int64)  # decided last; -1: nothing yet
         self._kv_capacity_tokens = np.array(limits.kv_capacity_tokens, dtype=np.float64)
         self._trouble = np.empty((n, len(_TROUBLE)))
         self._trouble[:, 0] = settings.override_wait_fraction * limits.service_level.ttft_s
@@ -179,7 +203,10 @@ class Guard:
         self._hold_left_s[which] = 0.0
         self._average[which] = 0.0
         self._tp_index[which] = 0
+        self._own[which] = -1
         self._assessed = None
+        if self.watch is not None:
+            self.watch.reset(which)
         if service_levels is not None:
             self._trouble[:, 0] = self.settings.override_wait_fraction * service_levels[:, 0]
 
@@ -192,7 +219,7 @@ class Guard:
         state = self._assess(rows)
         offsets = self.table.offsets
         mask = np.empty((self.n, self.table.size), dtype=np.bool_)
-        forced = state.override
+        forced = state.forced
         slowest = state.current[:, CLOCK] + self.settings.max_down_steps
         slowest[forced] = 0
         np.less_equal(self._clock_rank, slowest[:, None], out=mask[:, : offsets[CAP]])
@@ -234,13 +261,16 @@ class Guard:
         np.copyto(applied[:, CLOCK], lowest, where=limited)
         held = state.cap_frozen & (applied[:, CAP] > current[:, CAP])
         np.copyto(applied[:, CAP], current[:, CAP], where=held)
-        applied[state.override, :TP] = 0
+        applied[state.forced, :TP] = 0
 
         reasons[refused | outside.any(axis=1)] = Reason.MASKED
         reasons[limited] = Reason.RATE_LIMIT
         reasons[held | frozen] = Reason.DWELL
         reasons[frozen & state.switching] = Reason.SWITCHING
         reasons[state.override] = Reason.SLO_OVERRIDE
+        if state.watched is not None:
+            reasons[state.watched.tripped] = Reason.TRIPPED
+            reasons[state.watched.stalled] = Reason.STALLED
         reasons[state.blind] = Reason.BLIND
         self._commit(state, applied)
         return applied, reasons
@@ -256,6 +286,9 @@ class Guard:
         self._hold_left_s = np.where(state.triggered, self.settings.hold_s, hold_left_s)
         self._average = state.average
         self._tp_index = applied[:, TP].copy()
+        self._own = applied.copy()
+        if self.watch is not None and state.watched is not None:
+            self.watch.commit(state.watched, applied[:, TP] != state.current[:, TP])
 
     def _assess(self, rows: NDArray[np.float64]) -> _Assessment:
         # mask() and apply() see the same rows; the second call reuses the first one's work.
@@ -279,26 +312,31 @@ class Guard:
         # While a switch is in progress the row shows the old engine's degree, and a blind row shows
         # nothing: what was applied last stands in both cases.
         np.copyto(current[:, TP], self._tp_index, where=switching | blind)
+        held_tokens = self._kv_capacity_tokens[current[:, TP]]
+        slowed = np.logical_or.reduce(current[:, :TP] > 0, axis=1)
+        if self.follow:
+            np.copyto(current, self._own, where=self._own >= 0)
         idle: NDArray[np.bool_] = ~np.logical_or.reduce(rows.take(_TRAFFIC, axis=1) != 0.0, axis=1)
 
-        alpha = np.minimum(duration_s / settings.burn_window_s, 1.0)
-        rates = rows.take(_BURN, axis=1) / np.maximum(duration_s, _SLACK_S)[:, None]
-        average = self._average + alpha[:, None] * (rates - self._average)
+        average = self._averaged(rows, duration_s)
         if some_blind:
             average[blind] = self._average[blind]
             idle &= ~blind
-        burning = average[:, 1] >= settings.burn_share * average[:, 0]
-        burning &= average[:, 1] * settings.burn_window_s >= max(settings.burn_misses, _SLACK_S)
-        trouble = rows.take(_TROUBLE, axis=1) >= self._trouble
-        triggered: NDArray[np.bool_] = np.logical_or.reduce(trouble, axis=1)
-        triggered |= burning
-        triggered |= blind
+        burning = self._burning(rows, average)
+        triggered: NDArray[np.bool_] = burning | blind
         override = triggered | (self._hold_left_s > _SLACK_S)
+        forced = override
+        watched = None
+        if self.watch is not None:
+            watched = self.watch.assess(rows, duration_s, blind, burning & ~blind, override, slowed)
+            forced = override | watched.stalled | watched.tripped
 
         since_s = self._since_s + duration_s[:, None]
         frozen = since_s < self._dwell_s
         tp_frozen, cap_frozen = frozen[:, _SWITCH] | switching | blind, frozen[:, _CAP_MOVE]
-        in_use_tokens = rows[:, Column.KV_USAGE] * self._kv_capacity_tokens[current[:, TP]]
+        if watched is not None:
+            tp_frozen |= watched.stalled | watched.tripped | watched.spent
+        in_use_tokens = rows[:, Column.KV_USAGE] * held_tokens
         in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * settings.kv_headroom
         tp_feasible = self._kv_capacity_tokens >= in_use_tokens[:, None]
         if rows[:, Column.TP_REFUSED].any():
@@ -308,9 +346,25 @@ class Guard:
             tp_feasible &= ~override[:, None] | (self._tp_rank <= current[:, TP:])
         self._assessed = _Assessment(
             key, blind, idle, override, triggered, switching, tp_frozen, cap_frozen, current,
-            tp_feasible, duration_s, since_s, average,
+            tp_feasible, duration_s, since_s, average, forced, watched,
         )  # fmt: skip
         return self._assessed
+
+    def _averaged(self, rows: NDArray[np.float64], duration_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Arrivals and misses per second, averaged."""
+        alpha = np.minimum(duration_s / self.settings.burn_window_s, 1.0)
+        rates = rows.take(_BURN, axis=1) / np.maximum(duration_s, _SLACK_S)[:, None]
+        average: NDArray[np.float64] = self._average + alpha[:, None] * (rates - self._average)
+        return average
+
+    def _burning(self, rows: NDArray[np.float64], average: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whether the SLO burns, by what the window shows or by the averages."""
+        settings = self.settings
+        burning = average[:, 1] >= settings.burn_share * average[:, 0]
+        burning &= average[:, 1] * settings.burn_window_s >= max(settings.burn_misses, _SLACK_S)
+        trouble = rows.take(_TROUBLE, axis=1) >= self._trouble
+        burning |= np.logical_or.reduce(trouble, axis=1)
+        return np.asarray(burning, dtype=np.bool_)
 
 
 class NullGuard:

@@ -95,6 +95,7 @@ POINTS: Final[tuple[ColumnSpec, ...]] = (
     ),
     ColumnSpec("failed", "count", "that ended in the span in any other way"),
     ColumnSpec("prompt_tokens_mean", "number", "a served request"),
+    ColumnSpec("prompt_pairs_mean", "number", "(query, key) pairs in the prompt of a served request"),
     ColumnSpec("output_tokens_mean", "number", "a served request"),
     ColumnSpec("context_tokens_mean", "number", "of a decoding sequence, over iterations without prompts"),
     *_latencies("ttft", "seconds from the request to its first token, which came in the span"),

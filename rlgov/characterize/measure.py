@@ -177,7 +177,9 @@ def _latencies(requests: Requests, begin_s: float, end_s: float) -> tuple[dict[s
         "failed": int((requests.failed & inside(requests.finish_s)).sum()),
     }
     if served:
-        row["prompt_tokens_mean"] = float(requests.prompt_tokens[done].mean())
+        prompts = requests.prompt_tokens[done]
+        row["prompt_tokens_mean"] = float(prompts.mean())
+        row["prompt_pairs_mean"] = float((prompts * (prompts + 1) / 2).mean())
         row["output_tokens_mean"] = float(requests.output_tokens[done].mean())
     row |= quantiles("ttft", (requests.first_token_s - requests.sent_s)[begun])
     row |= quantiles("tpot", (requests.finish_s - requests.first_token_s)[several] / further[several])

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gymnasium
-
 if TYPE_CHECKING:
     from rlgov.clock import Clock
     from rlgov.deployments.live import LiveDeployment
@@ -29,6 +27,8 @@ PLUGIN_TOKEN = "RLGOV_PLUGIN_TOKEN"  # noqa: S105  # the name of a variable
 
 def register() -> None:
     """Make the ids known to Gymnasium; doing it again changes nothing."""
+    import gymnasium  # noqa: PLC0415  # the ids can be asked for without it
+
     for env_id, builder, repeatable in (
         (SIMULATED_ID, "make_simulated", True),
         (REPLAYED_ID, "make_replayed", True),

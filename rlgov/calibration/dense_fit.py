@@ -74,6 +74,7 @@ class Setup:
     priors: Mapping[str, float]
     tasks: tuple[str, ...] = (CHAT, REASONING)
     sweep: bool = True  # whether the prefill sweep is of this card
+    kernels: bool = True  # whether kernels are fitted, too; otherwise gemm_mfu is a prior
     all_reduce: Mapping[int, float] | None = None  # measured on a DGX H100 where None
     power_bounds: Mapping[str, tuple[float, float, float]] = field(default_factory=lambda: _POWER_BOUNDS)
 
@@ -261,7 +262,7 @@ def calibrate(data: Path, setup: Setup = H100_SETUP) -> Calibration:
     rows = read_rows(data, setup.gpu, setup.table_gpu, setup.models, setup.tasks)
     sweep = read_sweep(data) if setup.sweep else None
     all_reduce = read_all_reduce(data) if setup.all_reduce is None else setup.all_reduce
-    mfu, kernel_error = fit_kernels(data)
+    mfu, kernel_error = fit_kernels(data) if setup.kernels else (setup.priors["gemm_mfu"], float("nan"))
     base = dict(setup.priors) | {name: s[0] for name, s in setup.power_bounds.items()}
     base["gemm_mfu"] = mfu
     names = sorted({r.model.name for r in rows})

@@ -1,4 +1,4 @@
-"""Gymnasium learns the environments' ids whichever is imported first, and the decision code loads none of it."""
+"""Gymnasium learns the ids whichever is imported first, and the decision code loads none of it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from rlgov.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+DEFAULT_SOCKET: Final = Path("runs/govern/governor.sock")
+"""Where a governor listens unless it is told otherwise."""
+
 SHORTEST_TOKEN: Final = 16
 _LARGEST_TOKEN_FILE_BYTES: Final = 4096
 _HIGHEST_PORT: Final = 65_535

@@ -253,6 +253,7 @@ def attach_live(  # noqa: PLR0913  # the parts of a deployment, each replaceable
     workload: Workload | None = None,
     pages: PageSource | None = None,
     settings: LiveSettings | None = None,
+    acting: bool = True,
 ) -> LiveDeployment:
     """Govern a running vLLM. Nothing is moved before the first ``start``.
 
@@ -266,6 +267,7 @@ def attach_live(  # noqa: PLR0913  # the parts of a deployment, each replaceable
         workload: Traffic to play in every episode.
         pages: Reads the metrics page; by default a scraper that asks twice an interval.
         settings: How it is held, None for the defaults.
+        acting: Whether it moves anything, to begin with.
 
     Raises:
         DeploymentError: The profile does not offer that TP degree, or the plugin does not answer.
@@ -301,6 +303,7 @@ def attach_live(  # noqa: PLR0913  # the parts of a deployment, each replaceable
             clock,
             workload=workload,
             settings=LiveSettings() if settings is None else settings,
+            acting=acting,
             closers=(gpus.close,),
         )
         undo.pop_all()

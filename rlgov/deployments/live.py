@@ -11,10 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from rlgov.deployments.live_hands import Hands
 from rlgov.deployments.live_limits import refused_bits
 from rlgov.deployments.live_parts import LiveSettings, LiveStatus, OwnTraffic
 from rlgov.deployments.pacing import Pacer
 from rlgov.errors import DeploymentError, RlgovError
+from rlgov.hardware.clocks import ClockCheck
 from rlgov.records import Configuration
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class LiveDeployment:
     blind window; an action that fails is counted, tried again in the next interval, and shows in the window,
     which tells the configuration in force.
 
+    Where it is not **acting** (see :meth:`set_acting`), nothing is moved and windows come all the same: an
+    episode then starts with the stack as it is.
+
     **Closing** gives everything back: the largest batch cap, the clocks as they were found. That happens by
     ``close``, at the end of a ``with`` block, and at the interpreter's exit; see also
     :func:`exit_on_sigterm`. The stack itself goes on serving, at the TP degree it has then.
@@ -64,6 +69,7 @@ class LiveDeployment:
         start: Configuration of the first window, by default the fastest.
         cursor: Requests closed up to this cursor are not asked for again.
         settings: How it is held.
+        acting: Whether it moves anything, to begin with.
         closers: Called last when the deployment is closed.
     """
 
@@ -80,6 +86,7 @@ class LiveDeployment:
         start: Configuration | None = None,
         cursor: int = 0,
         settings: LiveSettings = LiveSettings(),  # noqa: B008  # frozen
+        acting: bool = True,
         closers: tuple[Callable[[], None], ...] = (),
     ) -> None:
         self._stack = stack
@@ -99,14 +106,17 @@ class LiveDeployment:
         self._end_s = 0.0  # of the last window, monotonic
         self._in_force = self._start
         self._moved = False  # something has to be given back
+        self.status = LiveStatus(tp_refused=dict(self._never))
+        self._hands = Hands(stack, clocks, self._limits, settings, self.status, acting=acting)
         self._to_close: list[Callable[[], None]] = [
             self._workload.stop,
-            self._open_cap,
+            self._hands.open_cap,
             clocks.restore,
             stack.close,
             *closers,
         ]
-        self.status = LiveStatus(tp_refused=dict(self._never))
+        self.check = ClockCheck(None, ())
+        """The lock against the measured clocks, at the end of the last window."""
 
     # ------------------------------------------------------------------ the deployment protocol
 
@@ -126,6 +136,25 @@ class LiveDeployment:
         return self._end_s
 
     @property
+    def acting(self) -> bool:
+        """Whether configurations are carried out."""
+        return self._hands.acting
+
+    @property
+    def state(self) -> StackState | None:
+        """The stack as of the last window; None when it did not answer."""
+        return self._state
+
+    def set_acting(self, acting: bool) -> None:  # noqa: FBT001  # a switch
+        """Begin to carry configurations out, or stop: then all is given back at once, but the TP degree.
+
+        Never raises: what could not be given back is in :attr:`status`, and tried again in every interval.
+        """
+        if acting:
+            self._govern()
+        self._hands.set_acting(acting)
+
+    @property
     def finished(self) -> bool:
         """Whether an attached workload has ended; without one, never."""
         return self._workload.finished
@@ -141,10 +170,13 @@ class LiveDeployment:
             msg = "start() after close(): open the deployment anew"
             raise DeploymentError(msg)
         self._workload.stop()
-        self._govern()
-        if self._clocks.present:
-            self._clocks.lock(self._start.sm_clock_mhz)
-        self._reach_start()
+        if self._hands.acting:
+            self._govern()
+            if self._clocks.present:
+                self._hands.lock(self._start.sm_clock_mhz)
+            self._reach_start()
+        else:
+            self._state = self._patiently(self._stack.state)
         self._end_s = -math.inf
         reading, interval = self._patiently(lambda: (self._meter.read(), self._interval()))
         self._windows.start(interval, reading, self._limits)
@@ -164,7 +196,7 @@ class LiveDeployment:
         if not (self._to_close and self._started):
             msg = "advance() before start(): call start() first"
             raise DeploymentError(msg)
-        self._act(self._faster(configuration))
+        self._state = self._hands.act(configuration, self._state)
         self._pacer.wait()
         return self._observe()
 
@@ -248,7 +280,7 @@ class LiveDeployment:
             there = state.tp_degree == self._start.tp_degree or self._start.tp_degree in state.tp_refused
             done = state.ready and not state.switching
             tp = None if asked or there or not done else self._start.tp_degree
-            move = partial(self._stack.configure, batch_cap=self._start.batch_cap, tp_degree=tp)
+            move = partial(self._hands.move, batch_cap=self._start.batch_cap, tp_degree=tp)
             state = self._patiently(partial(move, lease_s=self._lease_s(self._settings.poll_s)))
             asked = asked or tp is not None
             if done and (there or (asked and tp is None)):
@@ -285,46 +317,10 @@ class LiveDeployment:
     def _lease_s(self, interval_s: float) -> float:
         return self._settings.lease_intervals * max(interval_s, self._limits.interval_s)
 
-    def _faster(self, asked: Configuration) -> Configuration:
-        def at_least(axis: tuple[int, ...], value: int) -> int:
-            return min((offered for offered in axis if offered >= value), default=axis[0])
-
-        limits = self._limits
-        return Configuration(
-            at_least(limits.sm_clocks_mhz, asked.sm_clock_mhz),
-            at_least(limits.batch_caps, asked.batch_cap),
-            at_least(limits.tp_degrees, asked.tp_degree),
-        )
-
-    def _act(self, asked: Configuration) -> None:
-        if self._clocks.present and asked.sm_clock_mhz != self._clocks.check().asked_mhz:
-            try:
-                self._clocks.lock(asked.sm_clock_mhz)
-            except RlgovError as error:
-                self._failed(error)
-        try:
-            self._state = self._stack.configure(
-                batch_cap=asked.batch_cap,
-                tp_degree=self._switch_to(asked.tp_degree),
-                lease_s=self._lease_s(self._limits.interval_s),
-            )
-        except RlgovError as error:
-            self._failed(error)
-
-    def _switch_to(self, tp_degree: int) -> int | None:
-        state = self._state
-        if state is None or state.switching or tp_degree == state.tp_degree:
-            return None
-        return None if tp_degree in self.status.tp_refused else tp_degree
-
-    def _failed(self, error: RlgovError) -> None:
-        self.status.failed_actions += 1
-        self.status.last_problem = str(error)
-
     def _observe(self) -> Window:
         status, clock = self.status, self._clock
         reading = self._meter.read()
-        check = self._clocks.check()
+        check = self.check = self._hands.check()
         status.unverified_clocks += not check.verified
         clock_mhz = check.asked_mhz or self._limits.sm_clocks_mhz[0]
         self._in_force = replace(self._in_force, sm_clock_mhz=clock_mhz)
@@ -332,9 +328,11 @@ class LiveDeployment:
             interval = self._interval()
         except RlgovError as error:
             self._state = None
+            status.unread_because = str(error)
             self._end_s = clock.monotonic_s()
             window = self._windows.unread(self._end_s, reading, self._in_force, why=str(error))
         else:
+            status.unread_because = ""
             state = interval.state
             self._in_force = Configuration(clock_mhz, state.batch_cap, state.tp_degree)
             window = self._windows.next(interval, reading, self._in_force, handed_s=clock.monotonic_s())
@@ -369,17 +367,6 @@ class LiveDeployment:
             status.last_problem = self._windows.blind_because
         else:
             status.blind_in_a_row = 0
-
-    def _open_cap(self) -> None:
-        if not self._moved:
-            return
-        for _ in range(2):  # an interrupted exchange spoils the connection; the next one opens another
-            try:
-                self._stack.configure(batch_cap=self._limits.batch_caps[0], lease_s=None)
-            except RlgovError as error:  # no reason to fail: the lease lets go of it
-                self.status.last_problem = f"the batch cap falls open by its lease only: {error}"
-            else:
-                return
 
 
 @contextmanager

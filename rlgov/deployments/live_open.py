@@ -65,6 +65,7 @@ def open_live(
     workload: Workload | None = None,
     start: Configuration | None = None,
     settings: LiveSettings | None = None,
+    acting: bool = True,
 ) -> LiveDeployment:
     """Connect to a running stack and to its GPUs. Nothing is moved before the first ``start``.
 
@@ -76,6 +77,7 @@ def open_live(
         workload: Traffic to play in every episode.
         start: Configuration of the first window, by default the fastest.
         settings: How it is held, None for the defaults.
+        acting: Whether it moves anything, to begin with.
 
     Raises:
         DeploymentError: The stack cannot be reached, or does not offer what the profile needs.
@@ -104,6 +106,7 @@ def open_live(
             start=start,
             cursor=cursor,
             settings=LiveSettings() if settings is None else settings,
+            acting=acting,
             closers=(group.close,),
         )
         undo.pop_all()

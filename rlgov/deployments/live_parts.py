@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rlgov.engine.samples import StackInterval, StackState
+    from rlgov.errors import RlgovError
     from rlgov.hardware.meter import MeterReading
     from rlgov.journal import Request
     from rlgov.records import Configuration, Limits, Window
@@ -137,7 +138,15 @@ class LiveStatus:
     overruns: int = 0
     """Intervals that took longer than they should."""
     failed_actions: int = 0
-    """Settings that could not be carried out."""
+    """Settings that could not be carried out ..."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """... by what failed (clock or stack) and how: ``clock/NO_PERMISSION``."""
+    clock_error: RlgovError | None = None
+    """Why the clock could not be set, renewed, checked or restored the last time; None when it could ..."""
+    clock_failures_in_a_row: int = 0
+    """... and how often that happened without a success."""
+    unread_because: str = ""
+    """Why the stack could not be read for the last window; empty when it could."""
     unverified_clocks: int = 0
     """Windows at whose end a measured clock contradicted the lock, with nothing to excuse it."""
     unfinished_requests: int = 0
@@ -147,3 +156,17 @@ class LiveStatus:
     tp_refused: dict[int, str] = field(default_factory=dict)
     """TP degrees that cannot be had now, with the reason."""
     last_problem: str = ""
+
+    def failed(self, what: str, error: RlgovError) -> None:
+        """Count an action that failed."""
+        # NVML's answers carry a code; for all others the name of the error says what kind it is.
+        kind = f"{what}/{getattr(error, 'code', '') or type(error).__name__}"
+        self.failed_actions += 1
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+        self.last_problem = str(error)
+
+    def clock_failed(self, error: RlgovError) -> None:
+        """Count a failure of setting, renewing, checking or restoring the clock."""
+        self.failed("clock", error)
+        self.clock_error = error
+        self.clock_failures_in_a_row += 1

@@ -1,10 +1,14 @@
 """Time of a decode iteration at default clocks, across models: a sum of what each part must take.
 
     gpu  = |weights read, dense arithmetic|_2 + |experts read, expert arithmetic|_2 + KV read
-           + launches x launch_s + expert layers x (expert_layer_s + exchange_s where GPUs exchange tokens)
-           + block-scaled layers x scaled_layer_s + batch x (sequence_s + all-reduce by bandwidth)
+           + launches x launch_s + expert layers x (expert_layer_s + log2(GPUs) x exchange_s)
+           + block-scaled layers x scaled_layer_s + layers of eager attention x eager_layer_s
+           + batch x (sequence_s + all-reduce by bandwidth)
     host = host_s (host_long_s for reasoning outputs) + batch x host_sequence_s
     t    = (gpu^3 + host^3)^(1/3)
+
+Experts read are those of the GPU that holds most of the chosen ones, where experts are not equally popular:
+their popularity is gamma distributed with shape ``evenness``.
 
 The host takes part on B200 only, where small models leave the GPU waiting for it. Efficiencies of memory and
 matrix units are taken from kernel measurements (vidur) and not fitted here; what is fitted is what kernels do
@@ -41,10 +45,12 @@ _HOST = {
 }
 _EXPERTS = {
     "expert_layer_s": Bound(4e-5, 0.0, 3e-4),
-    "exchange_s": Bound(2e-5, 0.0, 3e-4),
+    "exchange_s": Bound(1.5e-5, 0.0, 3e-4),
     "scaled_layer_s": Bound(4e-5, 0.0, 3e-4),
+    "eager_layer_s": Bound(5e-5, 0.0, 3e-4),
+    "evenness": Bound(1.0, 0.1, 50.0),
 }
-NONE: Final = dict.fromkeys((*_DENSE, *_HOST, *_EXPERTS), 0.0)
+NONE: Final = dict.fromkeys((*_DENSE, *_HOST, *_EXPERTS), 0.0) | {"evenness": np.inf}
 """Every fitted parameter at nothing."""
 
 
@@ -52,12 +58,13 @@ def gpu_s(work: Work, card: Accelerator, p: Mapping[str, float]) -> Floats:
     """Time of an iteration on the busiest GPU."""
     bandwidth = card.bytes_per_s * p["weight_efficiency"]
     arithmetic = card.bf16_flop_per_s * p["mfu"]
-    multi = work.gpus > 1
     dense_s = np.hypot(work.dense_bytes / bandwidth, work.dense_flop * work.batch / arithmetic)
-    expert_s = np.hypot(work.expert_bytes / bandwidth, work.expert_flop * work.batch / arithmetic)
+    _, busiest_bytes = work.expert_bytes(p["evenness"])
+    expert_s = np.hypot(busiest_bytes / bandwidth, work.expert_flop * work.batch / arithmetic)
     kv_s = work.kv_bytes / (card.bytes_per_s * p["kv_efficiency"])
-    layer_s = work.expert_layers * (p["expert_layer_s"] + np.where(multi, p["exchange_s"], 0.0))
-    fixed_s = work.launches * p["launch_s"] + layer_s + work.scaled_layers * p["scaled_layer_s"]
+    layer_s = work.expert_layers * (p["expert_layer_s"] + np.log2(work.gpus) * p["exchange_s"])
+    layer_s = layer_s + work.scaled_layers * p["scaled_layer_s"] + work.eager_layers * p["eager_layer_s"]
+    fixed_s = work.launches * p["launch_s"] + layer_s
     return np.asarray(dense_s + expert_s + kv_s + fixed_s + work.batch * (p["sequence_s"] + work.exchange_s))
 
 
@@ -74,7 +81,8 @@ class TimeFit:
 
     work: Work
     card: Accelerator
-    errors: LeftOut
+    errors: LeftOut  # every model left out once
+    by_shape: LeftOut  # every architecture left out once, with all its precisions and finetunes
     fixed: Mapping[str, float]
     bounds: Mapping[str, Bound]
 
@@ -94,10 +102,12 @@ def fit_time(frame: pd.DataFrame, gpu: str, kind: str, held: Mapping[str, float]
         held: parameters that are not fitted.
 
     Returns:
-        The fit. Rows of mixtures of experts leave out a model with all its tasks and precisions apart.
+        The fit.
     """
     work, card = read_work(frame, gpu, kind), ACCELERATORS[gpu]
     bounds = dict(_EXPERTS if kind == "experts" else _DENSE)
+    if not work.eager_layers.any():
+        bounds.pop("eager_layer_s", None)
     if gpu == "B200" and kind == "dense":
         bounds |= _HOST
     fixed = {**FIXED, **NONE, **(held or {})}
@@ -109,5 +119,7 @@ def fit_time(frame: pd.DataFrame, gpu: str, kind: str, held: Mapping[str, float]
     def predict(p: Mapping[str, float], rows: NDArray[np.int64]) -> Floats:
         return iteration_s(work.take(rows), card, {**fixed, **p})
 
-    errors = leave_groups_out(work.model, fit, predict, work.median_s)
-    return TimeFit(work, card, errors, fixed, bounds)
+    errors, by_shape = (
+        leave_groups_out(groups, fit, predict, work.median_s) for groups in (work.model, work.shape)
+    )
+    return TimeFit(work, card, errors, by_shape, fixed, bounds)

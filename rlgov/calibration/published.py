@@ -83,7 +83,7 @@ def check_columns(frame: pd.DataFrame, numbers: Sequence[str], texts: Sequence[s
 def read_ml_energy(folder: Path) -> pd.DataFrame:
     """Decode at saturation and default clocks: one row a (model, GPU, GPUs, task, batch cap)."""
     numbers = (
-        "num_gpus", "tp", "ep", "max_num_seqs", "avg_batch_size", "median_itl_ms", "output_tok_s",
+        "num_gpus", "tp", "ep", "dp", "max_num_seqs", "avg_batch_size", "median_itl_ms", "output_tok_s",
         "avg_power_w_per_gpu", "avg_output_len", "mean_ctx_from_output",
     )  # fmt: skip
     return read_table(folder, ML_ENERGY_FILE, numbers, ("task", "model", "architecture", "precision", "gpu"))

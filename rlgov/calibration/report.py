@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rlgov.calibration.clock_sweeps import Sweep
     from rlgov.calibration.decode_power import PowerFit
     from rlgov.calibration.decode_time import TimeFit
-    from rlgov.calibration.fitting import LeftOut
 
 _MODELS = "leave-one-model-out, mean over rows"
+_SHAPES = "leave-one-architecture-out, with all its finetunes and precisions"
 _BATCHES = "leave-one-batch-out, mean over configurations"
 
 
@@ -41,7 +41,7 @@ class Line:
 
     @property
     def met(self) -> bool | None:
-        """Whether the asked error is kept; None where nothing was asked."""
+        """Whether the asked error is kept, to its one decimal; None where nothing was asked."""
         return None if self.asked is None else round(self.measured, 1) <= self.asked
 
 
@@ -76,27 +76,25 @@ def _time_lines(frame: pd.DataFrame, gpu: str) -> list[Line]:
     mixed = decode_time.fit_time(frame, gpu, "experts", dense.errors.best.values)
     asked = {"H100": (9.0, 20.0), "B200": (13.0, None)}[gpu]
     note = "reasoning rows of Qwen3 by a host floor of their own" if gpu == "B200" else ""
-    weak = "" if asked[1] is not None else "poor: do not extrapolate"
-    lines = [
-        _left_out(f"{gpu} dense, decode time", dense.errors, asked[0], note),
-        _left_out(f"{gpu} mixture of experts, decode time", mixed.errors, asked[1], weak),
-    ]
+    weak = "" if asked[1] is not None else "nothing asked: its rows jump where the host is late"
+    lines = _left_out(f"{gpu} dense, decode time", dense, asked[0], note)
+    lines += _left_out(f"{gpu} mixture of experts, decode time", mixed, asked[1], weak)
     for kind, fit in (("dense", dense), ("mixture of experts", mixed)):
-        host = "curves of a waiting host jump" if gpu == "B200" else ""
+        host = "rows jump where the host is late" if gpu == "B200" else ""
         lines.append(_batch_line(f"{gpu} {kind}, decode time", _time_batches(fit), 5.0, len(fit.work), host))
     return lines
 
 
 def _power_lines(frame: pd.DataFrame, gpu: str) -> list[Line]:
     asked = {"H100": 10.0, "B200": 14.0}[gpu]
-    lines = []
+    lines: list[Line] = []
     for kind, label, bar in (
         ("all", "all models", asked),
         ("dense", "dense, fitted alone", asked),
-        ("experts", "mixture of experts, fitted alone", None),
+        ("experts", "mixture of experts, fitted alone", asked if gpu == "H100" else None),
     ):
         fit = decode_power.fit_power(frame, gpu, kind)
-        lines.append(_left_out(f"{gpu} {label}, power", fit.errors, bar))
+        lines += _left_out(f"{gpu} {label}, power", fit, bar)
         if kind == "all":
             batches = _power_batches(fit)
             lines.append(_batch_line(f"{gpu} {label}, power", batches, 2.5, len(fit.work)))
@@ -115,12 +113,17 @@ def _power_batches(fit: PowerFit) -> dict[str, float]:
     return leave_batches_out(work.curve, work.batch, work.power_w, physics)
 
 
-def _left_out(what: str, errors: LeftOut, asked: float | None, note: str = "") -> Line:
+def _left_out(what: str, fit: TimeFit | PowerFit, asked: float | None, note: str = "") -> list[Line]:
+    errors, shapes = fit.errors, fit.by_shape
     worst, error = max(errors.by_group.items(), key=lambda item: item[1])
-    means = f"in sample {errors.in_sample:.1%}; mean over models {errors.over_groups:.1%}"
-    more = f"{means}; worst {worst} {error:.0%}"
+    known = f"{len(errors.best.values)} parameters, in sample {errors.in_sample:.1%}"
+    more = f"{known}; mean over models {errors.over_groups:.1%}, worst {worst} {error:.0%}"
     text = f"{more}; {note}" if note else more
-    return Line(what, _MODELS, asked, 100.0 * errors.over_rows, len(errors.outside), text)
+    count = len(errors.outside)
+    return [
+        Line(what, _MODELS, asked, 100.0 * errors.over_rows, count, text),
+        Line(what, _SHAPES, None, 100.0 * shapes.over_rows, count, f"{len(shapes.by_group)} architectures"),
+    ]
 
 
 def _batch_line(what: str, errors: Mapping[str, float], asked: float, rows: int, note: str = "") -> Line:

@@ -32,6 +32,7 @@ class Shape:
     layers: int
     hidden: int
     kv_bytes_per_token: float  # of all layers
+    kv_heads: int  # a latent cache counts as one
     attention_parameters: float
     attention_bytes: float
     dense_parameters: float  # all other weights that every token multiplies, output head included
@@ -40,6 +41,7 @@ class Shape:
     narrow_parameters: float = 0.0  # of the dense ones, multiplied in fp8
     experts: Experts | None = None
     block_scaled: bool = False  # fp8 with a scale for each block: a quantisation before each matrix
+    eager_attention: bool = False  # chunked local attention, which vLLM keeps out of CUDA graphs
     window_tokens: float = field(default=float("inf"))
     window_share: float = 0.0  # of layers that look back only so far
 
@@ -63,6 +65,7 @@ def _dense(
         layers=layers,
         hidden=hidden,
         kv_bytes_per_token=2.0 * layers * kv_width * _BF16,
+        kv_heads=kv_width // 128,
         attention_parameters=0.0,  # of dense models all weights are split alike, so they count as one
         attention_bytes=0.0,
         dense_parameters=parameters - lookup,
@@ -83,6 +86,7 @@ def _llama_405b_fp8() -> Shape:
         layers=layers,
         hidden=hidden,
         kv_bytes_per_token=2.0 * layers * kv_width * _BF16,
+        kv_heads=kv_width // 128,
         attention_parameters=0.0,
         attention_bytes=0.0,
         dense_parameters=matrices,
@@ -97,7 +101,8 @@ def _mixture(  # noqa: PLR0913  # one line a model below
     per_token: int, inner: int, kernels: int, moe_layers: int | None = None, shared_inner: int = 0,
     dense_inner: int = 0, weight_bytes: float = _BF16, expert_bytes: float | None = None,
     attention_parameters: float | None = None, cached_width: int | None = None, window: float | None = None,
-    window_share: float = 0.0, block_scaled: bool = False,
+    window_share: float = 0.0, block_scaled: bool = False, head_width: int = 128,
+    eager_attention: bool = False,
 ) -> Shape:  # fmt: skip
     with_experts = layers if moe_layers is None else moe_layers
     attention = attention_parameters or layers * hidden * (2.0 * query_width + 2.0 * kv_width)
@@ -110,6 +115,7 @@ def _mixture(  # noqa: PLR0913  # one line a model below
         layers=layers,
         hidden=hidden,
         kv_bytes_per_token=layers * cached * _BF16,
+        kv_heads=1 if cached_width is not None else kv_width // head_width,
         attention_parameters=attention,
         attention_bytes=attention * weight_bytes,
         dense_parameters=dense,
@@ -118,6 +124,7 @@ def _mixture(  # noqa: PLR0913  # one line a model below
         narrow_parameters=attention + dense if weight_bytes == _FP8 else 0.0,
         experts=Experts(experts, per_token, 3.0 * hidden * inner, width, with_experts),
         block_scaled=block_scaled,
+        eager_attention=eager_attention,
         window_tokens=float("inf") if window is None else window,
         window_share=window_share,
     )
@@ -136,6 +143,7 @@ def _gpt_oss(name: str, layers: int, experts: int) -> Shape:
     return _mixture(
         name, layers=layers, hidden=2880, query_width=4096, kv_width=512, vocabulary=201088, experts=experts,
         per_token=4, inner=2880, kernels=_LLAMA - _MLP, expert_bytes=_MXFP4, window=128.0, window_share=0.5,
+        head_width=64,
     )  # fmt: skip
 
 
@@ -144,17 +152,19 @@ def _llama4(name: str, experts: int, moe_layers: int, dense_inner: int, *, fp8: 
         name, layers=48, hidden=5120, query_width=5120, kv_width=1024, vocabulary=202048, experts=experts,
         per_token=1, inner=8192, kernels=_LLAMA - _MLP, moe_layers=moe_layers, shared_inner=8192,
         dense_inner=dense_inner, expert_bytes=_FP8 if fp8 else _BF16, block_scaled=fp8,
+        eager_attention=True,
     )  # fmt: skip
 
 
-_DEEPSEEK = _mixture(
-    "deepseek-ai/DeepSeek-V3.1", layers=61, hidden=7168, query_width=0, kv_width=0, vocabulary=129280,
-    experts=256, per_token=8, inner=2048, kernels=_QWEN3 - _MLP, moe_layers=58, shared_inner=2048,
-    dense_inner=18432, weight_bytes=_FP8, cached_width=512 + 64, block_scaled=True,
+def _deepseek(name: str) -> Shape:
     # Low-rank Q, the compressed KV with its rotary part, its expansion, and the output.
-    attention_parameters=61.0
-    * (7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168),
-)  # fmt: skip
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    return _mixture(
+        name, layers=61, hidden=7168, query_width=0, kv_width=0, vocabulary=129280, experts=256, per_token=8,
+        inner=2048, kernels=_QWEN3 - _MLP, moe_layers=58, shared_inner=2048, dense_inner=18432,
+        weight_bytes=_FP8, cached_width=512 + 64, block_scaled=True, attention_parameters=61.0 * attention,
+    )  # fmt: skip
+
 
 _LLAMA_70B = (80, 8192, 1024, 70.55e9, 128256 * 8192.0, _LLAMA)
 
@@ -164,6 +174,9 @@ SHAPES: Final[dict[str, Shape]] = {
         _dense("Qwen/Qwen3-8B", 36, 4096, 1024, 8.191e9, 151936 * 4096.0, _QWEN3),
         _dense("Qwen/Qwen3-14B", 40, 5120, 1024, 14.768e9, 151936 * 5120.0, _QWEN3),
         _dense("Qwen/Qwen3-32B", 64, 5120, 1024, 32.762e9, 151936 * 5120.0, _QWEN3),
+        _dense("Qwen/Qwen3-4B-Thinking-2507", 36, 2560, 1024, 4.022e9, 0.0, _QWEN3),  # tied head
+        _dense("mistralai/Codestral-22B-v0.1", 56, 6144, 1024, 22.25e9, 32768 * 6144.0, _LLAMA),
+        _dense("meta-llama/Llama-3.1-405B-Instruct", 126, 16384, 1024, 405.85e9, 128256 * 16384.0, _LLAMA),
         _dense("google/gemma-3-12b-it", 48, 3840, 2048, 11.77e9, 0.0, _GEMMA3),  # tied head
         _dense("google/gemma-3-27b-it", 62, 5376, 2048, 27.0e9, 0.0, _GEMMA3),
         _dense("meta-llama/Llama-3.1-8B-Instruct", 32, 4096, 1024, 8.03e9, 128256 * 4096.0, _LLAMA),
@@ -188,10 +201,11 @@ SHAPES: Final[dict[str, Shape]] = {
             for suffix in ("", "-FP8")
         ),
         _llama4("meta-llama/Llama-4-Scout-17B-16E-Instruct", 16, 48, 0),
+        _llama4("meta-llama/Llama-4-Maverick-17B-128E-Instruct", 128, 24, 16384),
         _llama4("meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8", 128, 24, 16384, fp8=True),
         _gpt_oss("openai/gpt-oss-120b", 36, 128),
         _gpt_oss("openai/gpt-oss-20b", 24, 32),
-        _DEEPSEEK,
+        *(_deepseek(f"deepseek-ai/DeepSeek-{name}") for name in ("V3.1", "R1", "R1-0528")),
     )
 }  # fmt: skip
 """By the name the tables use."""

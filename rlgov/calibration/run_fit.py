@@ -6,7 +6,8 @@ work at measured batch sizes where physics alone does not hold. What the measure
 given back to its prior, and the others are fitted again.
 
 Ranges hold 90 % (1.645 standard deviations of the posterior, by its curvature). They count in what is not
-known of all other parameters, those that keep their priors included.
+known of all other parameters, those that keep their priors included, and, with corrections, how much these
+moved a parameter.
 """
 
 from __future__ import annotations
@@ -213,14 +214,13 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
 
     Adds the latter to ``kept``.
     """
-    found = _solve(problem, problem.names, _FIRST_NOISE, corrected=False)
-    plain = _size(found.residual)
+    plain = found = _solve(problem, problem.names, _FIRST_NOISE, corrected=False)
     corrected = False
-    if len(problem.knots) and plain > _PLAIN_IS_ENOUGH:
+    if len(problem.knots) and _size(plain.residual) > _PLAIN_IS_ENOUGH:
         closer = _solve(problem, problem.names, _FIRST_NOISE, corrected=True)
         # Otherwise it is noise that physics is off by, and corrections would follow it.
-        corrected = _size(closer.residual) < _BETTER * plain
-        found = closer if corrected else found
+        corrected = _size(closer.residual) < _BETTER * _size(plain.residual)
+        found = closer if corrected else plain
     noise = _noise(found.residual)
     found = _solve(problem, problem.names, noise, corrected=corrected, start=found)
     left, deviation = _narrowed(found, kept)
@@ -231,7 +231,12 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
     values = {
         n: k.value + half_width(k) * z for n, k, z in zip(left, priors, final.best.tolist(), strict=False)
     }
-    spread = {n: _DEVIATES * half_width(k) * deviation[n] for n, k in zip(left, priors, strict=True)}
+    # Where physics is off, how to mend it is one more thing that is not known.
+    form = dict(zip(problem.names, np.abs(plain.best - found.best[: len(plain.best)]).tolist(), strict=True))
+    spread = {
+        n: half_width(k) * float(np.hypot(_DEVIATES * deviation[n], form[n] if corrected else 0.0))
+        for n, k in zip(left, priors, strict=True)
+    }
     ratio = np.exp(problem.off * final.best[len(left) :])
     correction = Correction(problem.knots, ratio) if corrected else Correction()
     return _Fitted(values, spread, correction, _noise(final.residual), final.at_bound)

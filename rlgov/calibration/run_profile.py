@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Counts = NDArray[np.int64]
 
 _FOLDS: Final = 5
+_EACH_OF: Final = 12  # so few points are left out one by one
 _LEAST_VALUES: Final = 2  # of a setting; a clock more, so that two are left to learn from
 _MOST_VALUES: Final = 12  # of a setting: a fit each
 _LEAST_POINTS: Final = 4  # that a fit still sees
@@ -45,7 +46,7 @@ class Told:
     """What became of one parameter."""
 
     name: str
-    prior: float
+    prior: float | None  # None: a fit to published rows does not tell it
     value: float
     low: float
     high: float
@@ -92,8 +93,8 @@ def calibrate_profile(
     unseen = []
     for what, groups in _groups(observed):
         times, powers = [], []
-        for number, out in enumerate(groups):
-            say(f"left out: {what} ({number + 1} of {len(groups)})")
+        say(f"left out: {what} ({len(groups)} fits)")
+        for out in groups:
             other = fit_run(base, observed, every[~np.isin(every, out)])
             errors = point_errors(assemble(base, other, len(every), name), observed, out)
             times.append(errors[0])
@@ -107,14 +108,15 @@ def calibrate_profile(
 def _groups(observed: Observations) -> Iterator[tuple[str, list[Counts]]]:
     """What is left out together: points by chance, then each value of each setting."""
     n = len(observed.means)
-    if n > _FOLDS:
-        # The same configuration in several repeats is left out as a whole.
-        same = [name.rsplit("/", 1)[0] for name in observed.names]
-        fold = {name: i % _FOLDS for i, name in enumerate(sorted(set(same), key=_shuffled))}
+    # The same configuration in several repeats is left out as a whole.
+    same = [name.rsplit("/", 1)[0] for name in observed.names]
+    order = sorted(set(same), key=_shuffled)
+    folds = len(order) if len(order) <= _EACH_OF else _FOLDS
+    if folds > _LEAST_POINTS:
+        fold = {name: i % folds for i, name in enumerate(order)}
         each = np.array([fold[name] for name in same])
-        groups = [np.flatnonzero(each == i) for i in sorted(set(each.tolist()))]
-        if len(groups) > 1:
-            yield "every fifth point", groups
+        what = "each point" if folds == len(order) else "every fifth point"
+        yield what, [np.flatnonzero(each == i) for i in range(folds)]
     for what, values in observed.settings.items():
         known = sorted(set(values.tolist()))
         groups = [np.flatnonzero(values == value) for value in known]

@@ -146,7 +146,7 @@ def read_observations(folders: Sequence[Path], profile: Profile) -> Observations
     settings = {name: _numbers(usable, column) for name, column in
                 (("clock", "sm_clock_mhz"), ("cap", "batch_cap"), ("TP degree", "tp_degree"))}  # fmt: skip
     return Observations(
-        names=tuple(f"{row.run}/{row.point_id}/{row.repeat}" for row in usable.itertuples()),
+        names=tuple(f"{row.point_id}/{row.repeat}" for row in usable.itertuples()),
         means=means,
         details=details,
         busy_share=np.clip(_numbers(usable, "busy_s") / _numbers(usable, "duration_s"), 0.0, 1.0),

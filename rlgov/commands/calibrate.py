@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rlgov.commands.output import Json, console, put_fields, put_json
 
 if TYPE_CHECKING:
     from rlgov.calibration.report import Line
-    from rlgov.calibration.run_profile import Calibrated
+    from rlgov.calibration.run_profile import Errors, Told
     from rlgov.simulation.profile import Profile
 
 
@@ -32,7 +33,7 @@ def calibrate(
 
     Args:
         runs: Run folders of `rlgov characterize`, all of one deployment.
-        published: Folder of the published measurements (ml_energy_llm.csv and the others beside it).
+        published: Folder of the published measurements, or a table of decode rows alone (CSV).
         profile: Base profile, name or path: its GPU and model, its priors; the first run's own if not given.
         out: Where the calibrated profile is written (YAML); its name is the file's.
         report: Print every error of the fits to published measurements beside what was asked for.
@@ -47,22 +48,43 @@ def calibrate(
         msg = "say where the calibrated profile goes: --out NAME.yaml (or --report for the published fits)"
         raise CalibrationError(msg)
     if not runs and published is None:
-        msg = "nothing to calibrate from: name run folders of `rlgov characterize`, or --published FOLDER"
+        msg = "there is nothing to calibrate from: name run folders of `rlgov characterize`, or --published"
         raise CalibrationError(msg)
-    base = _base(runs, profile)
+    made = _base(runs, profile)
+    told: dict[str, Any] = {"profile": out.stem, "file": str(out), "base": made.name}
+    errors: list[tuple[str, Errors]] = []
+    parameters: tuple[Told, ...] | None = None
     if published is not None:
-        base = _from_published(base, published)
-    found: Calibrated | None = None
+        from rlgov.calibration.published_profile import fit_published
+
+        _say(f"published rows of {made.gpu.name}")
+        of_card = fit_published(made, published)
+        made = of_card.profile
+        errors += [("published rows", e) for e in (of_card.seen, *of_card.unseen)]
     if runs:
         from rlgov.calibration.run_profile import calibrate_profile
         from rlgov.calibration.runs import read_observations
 
-        found = calibrate_profile(base, read_observations(runs, base), out.stem, _say)
-        base = found.profile
-    base = base.model_copy(update={"name": out.stem})
+        observed = read_observations(runs, made)
+        of_runs = calibrate_profile(made, observed, out.stem, _say)
+        made, parameters = of_runs.profile, of_runs.told
+        errors += [("runs", e) for e in (of_runs.seen, *of_runs.unseen)]
+        told |= {
+            "points": len(observed.names),
+            "noise": dict(of_runs.fit.noise.items()),
+            "left_out_rows": dict(observed.left_out),
+            "notes": list(observed.notes),
+        }
+    made = made.model_copy(update={"name": out.stem})
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(base.to_yaml(), encoding="utf-8")
-    _tell(base, found, out, json=json)
+    out.write_text(made.to_yaml(), encoding="utf-8")
+    told["decode_rows"] = len(made.decode_rows)
+    told["errors"] = [{"of": of, **_plain(asdict(e))} for of, e in errors]
+    told["parameters"] = [asdict(t) for t in (parameters or _told(made))]
+    if json:
+        put_json(told)
+        return
+    _print(told)
 
 
 def _say(text: str) -> None:
@@ -77,7 +99,9 @@ def _base(runs: tuple[Path, ...], profile: str | None) -> Profile:
     if profile is not None:
         return load_profile(profile)
     if not runs:
-        msg = "say for which GPU and model to fit published rows: --profile NAME (`rlgov profile list`)"
+        msg = (
+            "say which GPU and model the published rows are fitted for: --profile NAME (`rlgov profile list`)"
+        )
         raise CalibrationError(msg)
     named = read_header(runs[0]).profile
     if not named:
@@ -86,59 +110,52 @@ def _base(runs: tuple[Path, ...], profile: str | None) -> Profile:
     return load_profile(named)
 
 
-def _from_published(base: Profile, published: Path) -> Profile:
-    from rlgov.calibration.dense_fit import calibrate as fit_card
-    from rlgov.calibration.shipped import refitted, setup_of
+def _told(profile: Profile) -> tuple[Told, ...]:
+    """Of a profile that was fitted to published rows only."""
+    from rlgov.calibration.run_profile import Told
 
-    setup = setup_of(base.gpu.name)
-    _say(f"published rows of {setup.table_gpu}")
-    folder = published if published.is_dir() else published.parent
-    return refitted(base, fit_card(folder, setup))
+    return tuple(
+        Told(name, None, p.value, p.low, p.high, identified=p.kind == "fitted", note=p.error or p.source)
+        for name, p in profile.parameters.items()
+    )
 
 
-def _tell(profile: Profile, found: Calibrated | None, out: Path, *, json: bool) -> None:
-    kinds = {
-        kind: [n for n, p in profile.parameters.items() if p.kind == kind] for kind in ("fitted", "prior")
-    }
-    told: dict[str, Any] = {
-        "profile": profile.name,
-        "file": str(out),
-        "decode_rows": len(profile.decode_rows),
-    }
-    if found is not None:
-        told |= {
-            "points": found.points,
-            "left_out_rows": found.left_out,
-            **{
-                name: None if value != value else value  # noqa: PLR0124  # NaN
-                for name, value in (
-                    ("time_error", found.time_error),
-                    ("time_error_left_out", found.time_error_left_out),
-                    ("power_error", found.power_error),
-                    ("power_error_left_out", found.power_error_left_out),
-                )
-            },
-            "kept": found.fit.kept,
-        }
-    told |= {"fitted": kinds["fitted"], "priors": kinds["prior"]}
-    if json:
-        put_json(told)
-        return
-    shown = {k: v for k, v in told.items() if k not in {"kept", "fitted", "priors", "left_out_rows"}}
-    for name in ("time_error", "time_error_left_out", "power_error", "power_error_left_out"):
-        if name in shown:
-            shown[name] = "unknown" if shown[name] is None else f"{shown[name]:.2%}"
-    put_fields("calibration", shown)
-    for why, count in (found.left_out if found is not None else {}).items():
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _print(told: dict[str, Any]) -> None:
+    apart = {"errors", "parameters", "left_out_rows", "notes", "noise"}
+    put_fields("calibration", {name: value for name, value in told.items() if name not in apart})
+    for why, count in told.get("left_out_rows", {}).items():
         sys.stdout.write(f"  left out: {count} rows, {why}\n")
-    table = Table(title="parameters", title_justify="left", box=None, pad_edge=False)
-    for heading in ("name", "value", "range", "kind", "why a prior, or the fit's error"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in {"name", "kind"})
-    kept = {} if found is None else found.fit.kept
-    for name, p in profile.parameters.items():
-        why = kept.get(name) or p.error or p.source
-        table.add_row(name, f"{p.value:.4g}", f"{p.low:.3g} to {p.high:.3g}", p.kind, why)
+    for note in told.get("notes", ()):
+        sys.stdout.write(f"  assumed: {note}\n")
+    table = _table("mean errors, per cent", ("of", "left out", "points", "iteration time", "power"))
+    for error in told["errors"]:
+        values = ["-" if error[k] is None else f"{100 * error[k]:.2f}" for k in ("time", "power")]
+        table.add_row(error["of"], error["what"], str(error["points"]), *values)
     console().print(table)
+    headings = ("parameter", "prior", "fitted", "range (90 %)", "identified", "why not, or what to mind")
+    table = _table("parameters", headings)
+    for p in told["parameters"]:
+        table.add_row(
+            p["name"],
+            "-" if p["prior"] is None else f"{p['prior']:.4g}",
+            f"{p['value']:.4g}" if p["identified"] else "-",
+            f"{p['low']:.4g} to {p['high']:.4g}",
+            "yes" if p["identified"] else "no",
+            p["note"],
+        )
+    console().print(table)
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=number < len(headings) - 1)
+    return table
 
 
 def _report(published: Path | None, runs: tuple[Path, ...], out: Path | None, *, json: bool) -> None:
@@ -146,7 +163,9 @@ def _report(published: Path | None, runs: tuple[Path, ...], out: Path | None, *,
     from rlgov.errors import CalibrationError
 
     if published is None:
-        msg = "--report prints the errors of the fits to published tables: name their folder with --published"
+        msg = (
+            "--report prints the errors of the fits to published measurements: name their folder, --published"
+        )
         raise CalibrationError(msg)
     if runs or out is not None:
         msg = "--report writes no profile and reads no run; leave out the run folders and --out"
@@ -155,10 +174,10 @@ def _report(published: Path | None, runs: tuple[Path, ...], out: Path | None, *,
     if json:
         put_json([asdict(line) | {"met": line.met} for line in lines])
         return
-    _table(lines)
+    _print_report(lines)
 
 
-def _table(lines: list[Line]) -> None:
+def _print_report(lines: list[Line]) -> None:
     table = Table(title="errors, per cent", title_justify="left", box=None, pad_edge=False)
     for heading in ("what", "how", "asked", "measured", "met", "rows", "note"):
         table.add_column(heading, overflow="fold", no_wrap=heading in {"asked", "measured", "met", "rows"})

@@ -185,7 +185,7 @@ class Guard:
         self._dwell_s = np.array([settings.tp_dwell_s, settings.cap_dwell_s]) - _SLACK_S
         self._hold_left_s = np.zeros(n)
         self._average = np.zeros((n, 2))  # arrivals and misses per second
-        self._tp_index = np.zeros(n, dtype=np.int64)  # of the TP degree last applied
+        self._tp_index = np.full(n, -1, dtype=np.int64)  # of the TP degree last applied; -1: none yet
         self._assessed: _Assessment | None = None
         self._rows_index = np.arange(n)
         self._cap_rank = np.arange(self.table.nvec[CAP])
@@ -202,7 +202,7 @@ class Guard:
         self._since_s[which] = np.inf
         self._hold_left_s[which] = 0.0
         self._average[which] = 0.0
-        self._tp_index[which] = 0
+        self._tp_index[which] = -1
         self._own[which] = -1
         self._assessed = None
         if self.watch is not None:
@@ -304,6 +304,7 @@ class Guard:
         blind: NDArray[np.bool_] = ~np.logical_and.reduce(usable, axis=1)
         duration_s = rows[:, Column.DURATION_S].copy()
         some_blind = bool(blind.any())
+        told = rows
         if some_blind:
             duration_s[blind] = self.table.limits.interval_s
             rows = np.where(blind[:, None], 0.0, rows)
@@ -311,7 +312,9 @@ class Guard:
         switching = rows[:, Column.SWITCHING] > 0.0
         # While a switch is in progress the row shows the old engine's degree, and a blind row shows
         # nothing: what was applied last stands in both cases.
-        np.copyto(current[:, TP], self._tp_index, where=switching | blind)
+        hidden = switching | blind
+        if hidden.any():
+            np.copyto(current[:, TP], self._stands(told), where=hidden)
         held_tokens = self._kv_capacity_tokens[current[:, TP]]
         slowed = np.logical_or.reduce(current[:, :TP] > 0, axis=1)
         if self.follow:
@@ -349,6 +352,12 @@ class Guard:
             tp_feasible, duration_s, since_s, average, forced, watched,
         )  # fmt: skip
         return self._assessed
+
+    def _stands(self, rows: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Index of the TP degree that stands: applied last, else told by the row, else the largest."""
+        degrees = rows[:, Column.TP_DEGREE]
+        told = np.where(degrees > 0, self.table.in_force(rows)[:, TP], 0)
+        return np.where(self._tp_index >= 0, self._tp_index, told).astype(np.int64)
 
     def _averaged(self, rows: NDArray[np.float64], duration_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """Arrivals and misses per second, averaged."""

@@ -339,19 +339,30 @@ class Guard:
         tp_frozen, cap_frozen = frozen[:, _SWITCH] | switching | blind, frozen[:, _CAP_MOVE]
         if watched is not None:
             tp_frozen |= watched.stalled | watched.tripped | watched.spent
-        in_use_tokens = rows[:, Column.KV_USAGE] * held_tokens
-        in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * settings.kv_headroom
-        tp_feasible = self._kv_capacity_tokens >= in_use_tokens[:, None]
-        if rows[:, Column.TP_REFUSED].any():
-            refused = rows[:, Column.TP_REFUSED].astype(np.int64)  # bits; a usable row holds no NaN
-            tp_feasible &= (refused[:, None] >> self._tp_rank) & 1 == 0
-        if override.any():  # an override goes upwards only: no move to a smaller TP degree either
-            tp_feasible &= ~override[:, None] | (self._tp_rank <= current[:, TP:])
+        tp_feasible = self._feasible(rows, held_tokens, current[:, TP], override)
         self._assessed = _Assessment(
             key, blind, idle, override, triggered, switching, tp_frozen, cap_frozen, current,
             tp_feasible, duration_s, since_s, average, forced, watched,
         )  # fmt: skip
         return self._assessed
+
+    def _feasible(
+        self,
+        rows: NDArray[np.float64],
+        held_tokens: NDArray[np.float64],
+        current_tp: NDArray[np.int64],
+        override: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """TP degrees that hold the load and can be had, shape (n, degrees)."""
+        in_use_tokens = rows[:, Column.KV_USAGE] * held_tokens
+        in_use_tokens = (in_use_tokens + rows[:, Column.WAITING_TOKENS]) * self.settings.kv_headroom
+        feasible: NDArray[np.bool_] = self._kv_capacity_tokens >= in_use_tokens[:, None]
+        if rows[:, Column.TP_REFUSED].any():
+            refused = rows[:, Column.TP_REFUSED].astype(np.int64)  # bits; a usable row holds no NaN
+            feasible &= (refused[:, None] >> self._tp_rank) & 1 == 0
+        if override.any():  # an override goes upwards only: no move to a smaller TP degree either
+            feasible &= ~override[:, None] | (self._tp_rank <= current_tp[:, None])
+        return feasible
 
     def _stands(self, rows: NDArray[np.float64]) -> NDArray[np.int64]:
         """Index of the TP degree that stands: applied last, else told by the row, else the largest."""

@@ -49,7 +49,7 @@ _PLATEAU_SHARE = 695.0 / 700.0  # of TDP: where the prefill sweep saturates
 ML_ENERGY: Final = "ML.ENERGY benchmark v3 (Chung et al.)"
 SWEEP: Final = "H100 prefill power over clock and prompt length in a public vLLM fork"
 
-_TIME_BOUNDS = {  # start, lower, upper
+TIME_BOUNDS = {  # start, lower, upper
     "weight_efficiency": (0.9, 0.85, 0.93),
     "kv_efficiency": (0.9, 0.6, 0.98),
     "layer_overhead_s": (6e-5, 1e-5, 1.2e-4),
@@ -269,7 +269,7 @@ def calibrate(data: Path, setup: Setup = H100_SETUP) -> Calibration:
 
     def time_fit(chosen: list[Rows]) -> dict[str, float]:
         return _solve(
-            _TIME_BOUNDS,
+            TIME_BOUNDS,
             lambda p: np.concatenate(
                 [np.log(decode_s(r, {**base, **p}, all_reduce) / r.decode_s) for r in chosen]
             ),

@@ -46,7 +46,7 @@ class Told:
     """What became of one parameter."""
 
     name: str
-    prior: float | None  # None: a fit to published rows does not tell it
+    prior: float
     value: float
     low: float
     high: float

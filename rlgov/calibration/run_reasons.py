@@ -65,11 +65,19 @@ def not_asked(base: Profile, observed: Observations, points: Counts) -> dict[str
         reasons |= dict.fromkeys(PREFILL, "no point prefilled a prompt")
     if not len(powered):
         reasons |= dict.fromkeys(POWER, "no point has a power: the run had no meter")
+    return reasons | _by_kind(base)
+
+
+def _by_kind(base: Profile) -> dict[str, str]:
+    """Parameters that no points would move, by what they are."""
+    reasons = {}
     for name, known in base.parameters.items():
         if name not in {*TIME, *POWER}:
             reasons[name] = "a characterisation holds configurations and does not time how they change"
         elif known.low == known.high == known.value == 0.0:
             reasons[name] = "zero by assumption"
+        elif known.kind == "measured":
+            reasons[name] = "measured otherwise"
     return reasons
 
 

@@ -53,13 +53,13 @@ def calibrate(
     made = _base(runs, profile)
     told: dict[str, Any] = {"profile": out.stem, "file": str(out), "base": made.name}
     errors: list[tuple[str, Errors]] = []
-    parameters: tuple[Told, ...] | None = None
+    parameters: tuple[Told, ...] = ()
     if published is not None:
         from rlgov.calibration.published_profile import fit_published
 
         _say(f"published rows of {made.gpu.name}")
         of_card = fit_published(made, published)
-        made = of_card.profile
+        made, parameters = of_card.profile, of_card.told
         errors += [("published rows", e) for e in (of_card.seen, *of_card.unseen)]
     if runs:
         from rlgov.calibration.run_profile import calibrate_profile
@@ -79,8 +79,9 @@ def calibrate(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(made.to_yaml(), encoding="utf-8")
     told["decode_rows"] = len(made.decode_rows)
+    told["range"] = "90 % of what the runs leave open" if runs else "fits without one of the models each"
     told["errors"] = [{"of": of, **_plain(asdict(e))} for of, e in errors]
-    told["parameters"] = [asdict(t) for t in (parameters or _told(made))]
+    told["parameters"] = [asdict(t) for t in parameters]
     if json:
         put_json(told)
         return
@@ -110,16 +111,6 @@ def _base(runs: tuple[Path, ...], profile: str | None) -> Profile:
     return load_profile(named)
 
 
-def _told(profile: Profile) -> tuple[Told, ...]:
-    """Of a profile that was fitted to published rows only."""
-    from rlgov.calibration.run_profile import Told
-
-    return tuple(
-        Told(name, None, p.value, p.low, p.high, identified=p.kind == "fitted", note=p.error or p.source)
-        for name, p in profile.parameters.items()
-    )
-
-
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
@@ -137,13 +128,13 @@ def _print(told: dict[str, Any]) -> None:
         values = ["-" if error[k] is None else f"{100 * error[k]:.2f}" for k in ("time", "power")]
         table.add_row(error["of"], error["what"], str(error["points"]), *values)
     console().print(table)
-    headings = ("parameter", "prior", "fitted", "range (90 %)", "identified", "why not, or what to mind")
+    headings = ("parameter", "prior", "fitted", "range", "identified", "why not, or what to mind")
     table = _table("parameters", headings)
     for p in told["parameters"]:
         table.add_row(
             p["name"],
-            "-" if p["prior"] is None else f"{p['prior']:.4g}",
-            f"{p['value']:.4g}" if p["identified"] else "-",
+            f"{p['prior']:.4g}",
+            f"{p['value']:.4g}" if p["identified"] or p["value"] != p["prior"] else "-",
             f"{p['low']:.4g} to {p['high']:.4g}",
             "yes" if p["identified"] else "no",
             p["note"],

@@ -64,6 +64,10 @@ _COMMANDS = (
         "Measure latency and energy over clocks, batch caps, TP degrees, lengths and load.",
     ),
     ("calibrate", "calibrate:calibrate", "Fit a profile to measurements, and say how well it holds."),
+    ("status", "status:status", "What a running governor sees, decides and does, and what to check next."),
+    ("tell", "status:tell", "Tell a running governor how far it may go, or to begin again."),
+    ("report", "report:report", "What a governed run saved, or would have saved had it acted."),
+    ("deploy", "deploy:deploy", "Unit files, manifests and a dashboard to run the governor in production."),
     ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )
 _TRACE_COMMANDS = (

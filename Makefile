@@ -14,9 +14,10 @@ TORCH_PIP_ARGS ?=
 
 # Arguments for pytest, e.g. make test PYTEST_ARGS="-n 0 -x tests/envs"
 PYTEST_ARGS ?= -n 2 --dist loadgroup
-# Arguments for the demo and the benchmark, e.g. make demo DEMO_ARGS="--help"
+# Arguments for the demo, the benchmark and the fidelity measurement, e.g. make demo DEMO_ARGS="--help"
 DEMO_ARGS  ?=
 BENCH_ARGS ?=
+FIDELITY_ARGS ?=
 
 # Many small matrix products: more threads than one only get in each other's way.
 export OMP_NUM_THREADS ?= 1
@@ -25,7 +26,7 @@ export MKL_NUM_THREADS ?= 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm demo test check bench format clean
+.PHONY: help install vllm demo test check bench fidelity format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -68,6 +69,9 @@ test: $(STAMP) ## run every test (minutes; needs no GPU)
 
 bench: $(STAMP) ## measure simulator, environments, training, decisions, and what serves (BENCH_ARGS=PART)
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
+
+fidelity: $(STAMP) ## a real vLLM on the CPU against the simulator (half an hour; needs `make vllm`)
+	$(BIN)/python -m tests.fidelity $(FIDELITY_ARGS)
 
 format: $(STAMP) ## bring the code into the common form
 	$(BIN)/ruff check --fix-only --quiet .

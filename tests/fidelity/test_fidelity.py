@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlgov.errors import CalibrationError
+from rlgov.simulation.physics import build_tables, iteration_time_s
+from tests.fakes.tiny_model import Shape
+from tests.fidelity import __main__ as command
+from tests.fidelity.analyse import analyse, calibrate, rates_per_s
+from tests.fidelity.compare import Comparison, Latencies, compare, distance, judge
+from tests.fidelity.fit import IterationFit, fit_iterations
+from tests.fidelity.iterations import Floats, Iterations, read_iterations
+from tests.fidelity.machine import Usage
+from tests.fidelity.measured import CellRun, Disturbance, HoldRun, Measured, Request, frontends
+from tests.fidelity.plan import Hold, Plan
+from tests.fidelity.profile import cpu_profile
+from tests.fidelity.report import write_report
+from tests.fidelity.simulate import Frontend, simulate
+
+SHAPE = Shape(hidden=64, layers=4, heads=2, kv_heads=2, intermediate=128)
+PLAN = Plan(batch_caps=(8, 4, 2), duration_s=20.0, repeats=2)
+TRUTH = IterationFit(
+    batches=(1, 2, 4, 8),
+    alone_s=(0.0066, 0.0070, 0.0078, 0.0100),
+    context_tokens=(100.0, 100.0, 100.0, 100.0),
+    context_s=1e-6,
+    prompt_s=1.2e-4,
+    pair_s=8e-8,
+    base_s=0.0061,
+    sequence_s=0.00048,
+    rows=1,
+    stalled=0,
+    error=0.0,
+    bias=0.0,
+)
+OUTSIDE = Frontend(before_s=0.002, first_s=0.001, last_s=0.0015)
+CALM = Disturbance(0.0, 1.0, 0.0)
+
+
+def _hold(hold: Hold, seed: int, requests: int = 60) -> HoldRun:
+    """What a hold would give were :data:`TRUTH` true: users in step, so that every iteration is known."""
+    rng = np.random.default_rng(seed)
+    now_s, rows, answered = 100.0, [], []
+    size, budget = hold.concurrency, PLAN.max_num_batched_tokens
+    for _ in range(requests // size):
+        due_s, now_s = now_s, now_s + OUTSIDE.before_s
+        work, done = [], 0
+        while done < size * hold.prompt_tokens:
+            tokens = min(budget, size * hold.prompt_tokens - done)
+            work.append((0, tokens, done + tokens if size == 1 else tokens))
+            done += tokens
+        work += [(size, 0, size * (hold.prompt_tokens + k)) for k in range(1, hold.output_tokens)]
+        first_s = 0.0
+        for decodes, prefill, context in work:
+            pairs = _pairs(prefill, context, hold, size)
+            known = Iterations(*(np.array([float(v)]) for v in
+                               (0, 0, 0, decodes, prefill, context - decodes if not prefill else 0, pairs)))  # fmt: skip
+            step_s = float(TRUTH.predict_s(known)[0]) * float(rng.normal(1.0, 0.01))
+            now_s += step_s
+            first_s = first_s or (now_s if prefill and context == hold.prompt_tokens else 0.0)
+            rows.append((now_s, step_s, float(size), 0.0, float(prefill), float(decodes), float(context)))
+        end_s = now_s + OUTSIDE.last_s
+        answered.append(
+            Request(due_s, first_s + OUTSIDE.first_s, end_s, hold.prompt_tokens, hold.output_tokens)
+        )
+        now_s = end_s + 0.01
+    return HoldRun(hold, rows, answered, CALM)
+
+
+def _pairs(prefill: int, context: int, hold: Hold, size: int) -> float:
+    if size == 1:
+        return prefill * (context - prefill) + prefill * (prefill + 1) / 2
+    return prefill / hold.prompt_tokens * hold.prompt_tokens * (hold.prompt_tokens + 1) / 2
+
+
+def _measured(*, slower: float = 1.0) -> Measured:
+    """A whole measurement in which the engine is the simulator, its cells ``slower`` than its calibration."""
+    small = [h for h in PLAN.holds() if h.concurrency * h.prompt_tokens <= 512 or h.concurrency == 1]
+    holds = [_hold(hold, number) for number, hold in enumerate(small)]
+    measured = Measured({"processor": "none", "cores": "0", "apart": "", "load at the beginning": "0"}, PLAN,
+                        {"hidden": 64, "layers": 4, "heads": 2, "kv_heads": 2, "intermediate": 128}, 50_000, holds, [])  # fmt: skip
+    profile = cpu_profile(TRUTH, SHAPE, PLAN, 50_000)
+    for number, place in enumerate(rates_per_s(calibrate(measured), PLAN)):
+        trace = PLAN.trace(place[2], number)
+        truth = simulate(profile, trace, place[0], OUTSIDE)
+        answered = [
+            Request(1000.0 + a, 1000.0 + a + slower * t, 1000.0 + a + slower * e, int(p), int(o))
+            for a, t, e, p, o in zip(trace.arrival_s, truth.ttft_s, truth.e2e_s, trace.prompt_tokens,
+                                     trace.output_tokens, strict=True)
+        ]  # fmt: skip
+        measured.cells.extend(
+            CellRun(*place, repeat, answered, 0.5, 1, CALM) for repeat in range(PLAN.repeats)
+        )
+    return measured
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    return _measured()
+
+
+# Iterations ----------------------------------------------------------------------------------------
+
+
+def _rows(*rows: tuple[float, ...]) -> Floats:
+    return np.array(rows, dtype=np.float64)
+
+
+def test_the_time_between_two_iterations_counts_unless_there_was_nothing_to_do() -> None:
+    rows = _rows(
+        (1.010, 0.010, 1, 0, 0, 1, 21),
+        (1.0205, 0.010, 1, 0, 0, 1, 22),
+        (1.031, 0.010, 1, 0, 0, 1, 23),
+        (5.000, 0.010, 1, 0, 0, 1, 24),
+    )
+
+    found = read_iterations(rows)
+
+    np.testing.assert_allclose(found.wall_s[1:3], 0.0105)
+    assert found.wall_s[3] == pytest.approx(0.010, abs=0.0011)
+    np.testing.assert_allclose(found.context_tokens, [20, 21, 22, 23])
+
+
+def test_whole_prompts_of_one_length_are_understood_and_parts_are_not() -> None:
+    rows = _rows(
+        (1.0, 0.1, 2, 0, 60, 0, 60),  # two of 30
+        (1.1, 0.1, 3, 0, 30, 2, 30 + 62),  # another beside two decodes
+        (1.2, 0.1, 4, 0, 20, 3, 20 + 94),  # a part
+        (1.3, 0.1, 4, 0, 10, 3, 30 + 97),  # the rest
+        (1.4, 0.1, 4, 0, 0, 4, 132),
+    )
+
+    found = read_iterations(rows, prompt_tokens=30)
+
+    np.testing.assert_allclose(found.pairs, [2 * 465, 465, np.nan, np.nan, 0])
+    np.testing.assert_allclose(found.context_tokens, [0, 60, np.nan, np.nan, 128])
+
+
+def test_chunks_of_a_lone_long_prompt_are_understood() -> None:
+    rows = _rows((1.0, 0.1, 1, 0, 50, 0, 50), (1.1, 0.1, 1, 0, 20, 0, 70), (1.2, 0.1, 1, 0, 0, 1, 71))
+
+    found = read_iterations(rows, prompt_tokens=70, budget_tokens=50)
+
+    np.testing.assert_allclose(found.pairs, [50 * 51 / 2, 20 * 50 + 20 * 21 / 2, 0])
+
+
+# Fit -----------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_what_made_the_iterations(measured: Measured) -> None:
+    fit = calibrate(measured).fit
+
+    assert dict(zip(fit.batches, fit.alone_s, strict=True))[8] == pytest.approx(0.0100, rel=0.02)
+    assert fit.context_s == pytest.approx(TRUTH.context_s, rel=0.1)
+    assert fit.prompt_s == pytest.approx(TRUTH.prompt_s, rel=0.02)
+    assert fit.pair_s == pytest.approx(TRUTH.pair_s, rel=0.1)
+    assert fit.error < 0.02
+
+
+def test_stalled_iterations_do_not_move_the_fit(measured: Measured) -> None:
+    rows = Iterations.joined([run.iterations(PLAN) for run in measured.holds])
+    late = np.random.default_rng(1).random(len(rows)) < 0.02
+    rows.wall_s[late] += 0.2
+
+    fit = fit_iterations(rows)
+
+    assert fit.stalled > 0.9 * late.sum()
+    assert fit.alone_s[0] == pytest.approx(TRUTH.alone_s[0], rel=0.02)
+
+
+def test_too_little_to_fit_is_said(measured: Measured) -> None:
+    lone = [run.iterations(PLAN) for run in measured.holds if run.hold.concurrency == 1]
+
+    with pytest.raises(CalibrationError, match="1 batch sizes"):
+        fit_iterations(Iterations.joined(lone))
+
+
+@pytest.mark.parametrize("work", [(1, 50, 0, 0), (3, 500, 0, 0), (8, 900, 120, 7260), (0, 0, 300, 45150)])
+def test_the_simulator_takes_the_fitted_time_for_an_iteration(work: tuple[int, int, int, int]) -> None:
+    tables = build_tables(cpu_profile(TRUTH, SHAPE, PLAN, 50_000))
+    decodes, context, prefill, pairs = work
+    rows = Iterations(*(np.array([float(v)]) for v in (0, 0, 0, decodes, prefill, context, pairs)))
+
+    assert iteration_time_s(tables, 0, 0, *work) == pytest.approx(float(TRUTH.predict_s(rows)[0]), rel=1e-9)
+
+
+def test_the_profile_has_the_engines_room() -> None:
+    profile = cpu_profile(TRUTH, SHAPE, PLAN, 50_000)
+
+    assert profile.limits().kv_capacity_tokens == (50_000,)
+    assert profile.limits().batch_caps == (8, 4, 2)
+
+
+def test_the_time_outside_the_engine_is_found(measured: Measured) -> None:
+    lone = next(run for run in measured.holds if run.hold == Hold(1, 40, 48))
+
+    np.testing.assert_allclose(
+        np.median(frontends(lone, PLAN), axis=0),
+        [OUTSIDE.before_s, OUTSIDE.first_s, OUTSIDE.last_s],
+        atol=1e-6,
+    )
+
+
+# Comparison ----------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_the_simulator_is_met(measured: Measured) -> None:
+    analysis = analyse(measured)
+
+    assert len(analysis.cells) == 9
+    assert {(v.metric, v.percent) for v in analysis.verdicts} == {
+        (m, q) for m in ("ttft", "tpot", "e2e") for q in (50, 99)
+    }
+    assert all(v.met for v in analysis.verdicts), analysis.verdicts
+
+
+def test_an_engine_that_got_slower_after_its_calibration_is_missed() -> None:
+    verdicts = analyse(_measured(slower=1.25)).verdicts
+
+    assert not any(v.met for v in verdicts)
+    assert all(v.median_error == pytest.approx(0.2, abs=0.03) for v in verdicts)
+
+
+def test_the_measurement_survives_its_file(measured: Measured, tmp_path: Path) -> None:
+    measured.write(tmp_path / "measured.json")
+
+    assert Measured.read(tmp_path / "measured.json") == measured
+
+
+def test_the_report_holds_every_cell(measured: Measured, tmp_path: Path) -> None:
+    paths = {path.name: path for path in write_report(measured, analyse(measured), tmp_path)}
+
+    assert len(paths["cells.csv"].read_text(encoding="utf-8").splitlines()) == 1 + 9 * 6
+    assert paths["fidelity.png"].stat().st_size > 10_000
+    table = paths["fidelity.md"].read_text(encoding="utf-8")
+    assert "cap" in table
+    assert "bar" in table
+
+
+def _latencies(scale: float) -> Latencies:
+    values = scale * np.arange(1.0, 102.0)
+    return Latencies(values, values, values)
+
+
+def test_the_error_is_relative_to_the_median_repeat() -> None:
+    found = compare((8, 0.5, 3.0), [_latencies(1.0), _latencies(1.1), _latencies(3.0)], _latencies(0.99))
+
+    assert all(c.measured_s == pytest.approx(1.1 * (51 if c.percent == 50 else 100)) for c in found)
+    assert all(c.error == pytest.approx(-0.1) for c in found)
+    assert all(c.spread == pytest.approx(3.0 / 1.1 - 1) for c in found)
+
+
+def test_a_verdict_is_the_median_of_the_absolute_errors() -> None:
+    def cell(simulated_s: float) -> Comparison:
+        return Comparison(8, 0.5, 3.0, 10, "ttft", 50, 1.0, simulated_s, 0.0)
+
+    (verdict,) = judge([cell(0.96), cell(1.04), cell(2.0)])
+
+    assert verdict.median_error == pytest.approx(0.04)
+    assert verdict.largest_error == pytest.approx(1.0)
+    assert verdict.met
+
+
+def test_distance_of_distributions() -> None:
+    one = np.arange(100.0)
+
+    assert distance(one, one) == 0.0
+    assert distance(one, one + 1000) == 1.0
+    assert distance(one, one + 25) == pytest.approx(0.25)
+
+
+def test_calibration_and_comparison_draw_different_traffic() -> None:
+    first, second = PLAN.trace(5.0, 0), PLAN.trace(5.0, 1)
+
+    assert not np.array_equal(first.prompt_tokens[:20], second.prompt_tokens[:20])
+    assert PLAN.trace(5.0, 0).arrival_s.tolist() == first.arrival_s.tolist()
+    assert len(set(first.prompt_tokens.tolist())) > len({h.prompt_tokens for h in PLAN.holds()})
+
+
+# Machine and command -------------------------------------------------------------------------------
+
+
+def test_what_others_use_is_what_is_not_ours() -> None:
+    assert Usage(110.0, 57.0, 12.0).others_since(Usage(100.0, 50.0, 2.0)) == pytest.approx(0.3)
+    assert Usage(101.0, 60.0, 12.0).others_since(Usage(100.0, 50.0, 2.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "word"),
+    [(Disturbance(0.5, 1.0, 0.0), "other programs"), (Disturbance(0.0, 1.2, 0.0), "lone decode"),
+     (Disturbance(0.0, 1.0, 0.1), "late")],
+)  # fmt: skip
+def test_a_disturbed_run_says_why(disturbance: Disturbance, word: str) -> None:
+    assert word in disturbance.reasons()[0]
+    assert not CALM.reasons()
+
+
+def test_without_vllm_the_command_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fidelity", "--out", str(tmp_path), "--vllm", str(tmp_path / "none")])
+
+    assert command.main() == 2
+    assert "make vllm" in capsys.readouterr().err
+
+
+def test_check_fails_on_a_missed_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _measured(slower=1.25).write(tmp_path / "measured.json")
+    monkeypatch.setattr(sys, "argv", ["fidelity", "--out", str(tmp_path), "--again"])
+    assert command.main() == 0
+
+    monkeypatch.setattr(sys, "argv", ["fidelity", "--out", str(tmp_path), "--again", "--check"])
+    assert command.main() == 1

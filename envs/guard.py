@@ -298,7 +298,6 @@ class Guard:
         if rows.shape != (self.n, len(WINDOW_FIELDS)):
             msg = f"expected rows of shape {(self.n, len(WINDOW_FIELDS))}, got {rows.shape}"
             raise ConfigError(msg)
-        settings = self.settings
         required = rows.take(_REQUIRED, axis=1)
         usable = (required > -_TOLERANCE) & (required < _TOO_MUCH)
         blind: NDArray[np.bool_] = ~np.logical_and.reduce(usable, axis=1)

@@ -46,6 +46,7 @@ CONDITIONS: Final[tuple[str, ...]] = (
     "OutOfDistribution",
     "Overrun",
     "PermissionDenied",
+    "PolicyFailed",
     "StackCondition",
     "StackUnreachable",
     "Throttled",
@@ -107,7 +108,7 @@ class Tick:
     acting: bool  # whether the decision was carried out
     window: Window
     decision: Decision | None
-    reason: str  # why: a rlgov.envs.guard.Reason by name, or a rlgov.governor.core.Stage
+    reason: str  # why: a rlgov.envs.guard.Reason by name, or OBSERVED where nothing decides
     ood_score: float | None = None  # 1 is the threshold; None without a learned policy
     baseline: bool = False  # the baseline decided in place of the policy
     conditions: tuple[Condition, ...] = ()

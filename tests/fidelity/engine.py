@@ -46,13 +46,15 @@ class Run:
 class RealEngine:
     """One vLLM on the CPU."""
 
-    def __init__(self, process: EngineProcess, runner: asyncio.Runner, apart: str) -> None:
+    def __init__(
+        self, process: EngineProcess, runner: asyncio.Runner, apart: str, kv_capacity_tokens: int
+    ) -> None:
         self._process = process
         self._runner = runner
         self._cursor = 0
         self._pids = [one.pid for one in family(process.identity)]
         self.apart = apart
-        self.kv_capacity_tokens = 0
+        self.kv_capacity_tokens = kv_capacity_tokens
 
     @classmethod
     @contextmanager
@@ -104,12 +106,10 @@ class RealEngine:
                         f"rlgov's plugin does not govern this vLLM ({process.note}); `make vllm`"
                     )
                 pids = [one.pid for one in family(process.identity)]
-                engine = cls(process, runner, machine.set_apart(pids, worker=WORKER, realtime=realtime))
-                sample = runner.run(process.sample(START_S))
-                engine.kv_capacity_tokens = sample.kv_capacity_tokens or 0
-                yield engine
+                with machine.set_apart(pids, worker=WORKER, realtime=realtime) as apart:
+                    sample = runner.run(process.sample(START_S))
+                    yield cls(process, runner, apart, sample.kv_capacity_tokens or 0)
             finally:
-                machine.step_back()
                 runner.run(process.stop(STOP_S))
 
     def hold(self, hold: Hold, duration_s: float, seed: int) -> Run:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +57,19 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> str:
+@contextmanager
+def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> Iterator[str]:
     """Give the model's process a core of its own and the others the rest; before all others, where allowed.
 
     Args:
-        pids: Processes of the engine; this one is added.
+        pids: Processes of the engine; this one is added, and put back when the block is left.
         worker: Beginning of the name of the process that runs the model.
         realtime: Ask for real-time scheduling: ordinary programs then hardly disturb the measurement.
 
-    Returns:
+    Yields:
         What was done, in words.
     """
+    usable = os.sched_getaffinity(0)
     model, rest = cores()
     refused = False
     for pid in {*pids, os.getpid()}:
@@ -80,18 +83,16 @@ def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> str:
                 refused = True
             except ProcessLookupError:
                 continue
-    where = f"model on core {min(model)}, all else on {', '.join(map(str, sorted(rest)))}"
-    if not realtime:
-        return f"{where}, ordinary priority"
-    kind = "ordinary priority: real time is not permitted here" if refused else "real-time priority"
-    return f"{where}, {kind}"
-
-
-def step_back() -> None:
-    """End the priority of this process, for work that is not measured."""
-    for thread in _threads(os.getpid()):
-        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
-        os.sched_setaffinity(thread, set(range(os.cpu_count() or 1)))
+    kind = "real-time priority" if realtime and not refused else "ordinary priority"
+    if refused:
+        kind += ": real time is not permitted here"
+    try:
+        yield f"model on core {min(model)}, all else on {', '.join(map(str, sorted(rest)))}, {kind}"
+    finally:
+        for thread in _threads(os.getpid()):
+            with suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+                os.sched_setaffinity(thread, usable)
 
 
 def _threads(pid: int) -> list[int]:

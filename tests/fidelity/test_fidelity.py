@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ CALM = Disturbance(0.0, 1.0, 0.0)
 def _hold(hold: Hold, seed: int, requests: int = 60) -> HoldRun:
     """What a hold would give were :data:`TRUTH` true: users in step, so that every iteration is known."""
     rng = np.random.default_rng(seed)
-    now_s, rows, answered = 100.0, [], []
+    now_s = 100.0
+    rows: list[tuple[float, ...]] = []
+    answered: list[Request] = []
     size, budget = hold.concurrency, PLAN.max_num_batched_tokens
     for _ in range(requests // size):
         due_s, now_s = now_s, now_s + OUTSIDE.before_s
@@ -57,8 +60,7 @@ def _hold(hold: Hold, seed: int, requests: int = 60) -> HoldRun:
         first_s = 0.0
         for decodes, prefill, context in work:
             pairs = _pairs(prefill, context, hold, size)
-            known = Iterations(*(np.array([float(v)]) for v in
-                               (0, 0, 0, decodes, prefill, context - decodes if not prefill else 0, pairs)))  # fmt: skip
+            known = _iteration(decodes, context - decodes if not prefill else 0, prefill, pairs)
             step_s = float(TRUTH.predict_s(known)[0]) * float(rng.normal(1.0, 0.01))
             now_s += step_s
             first_s = first_s or (now_s if prefill and context == hold.prompt_tokens else 0.0)
@@ -71,6 +73,10 @@ def _hold(hold: Hold, seed: int, requests: int = 60) -> HoldRun:
     return HoldRun(hold, rows, answered, CALM)
 
 
+def _iteration(decodes: float, context: float, prefill: float, pairs: float) -> Iterations:
+    return Iterations(*(np.array([float(v)]) for v in (0, 0, 0, decodes, prefill, context, pairs)))
+
+
 def _pairs(prefill: int, context: int, hold: Hold, size: int) -> float:
     if size == 1:
         return prefill * (context - prefill) + prefill * (prefill + 1) / 2
@@ -81,8 +87,8 @@ def _measured(*, slower: float = 1.0) -> Measured:
     """A whole measurement in which the engine is the simulator, its cells ``slower`` than its calibration."""
     small = [h for h in PLAN.holds() if h.concurrency * h.prompt_tokens <= 512 or h.concurrency == 1]
     holds = [_hold(hold, number) for number, hold in enumerate(small)]
-    measured = Measured({"processor": "none", "cores": "0", "apart": "", "load at the beginning": "0"}, PLAN,
-                        {"hidden": 64, "layers": 4, "heads": 2, "kv_heads": 2, "intermediate": 128}, 50_000, holds, [])  # fmt: skip
+    machine = {"processor": "none", "cores": "0", "apart": "", "load at the beginning": "0"}
+    measured = Measured(machine, PLAN, asdict(SHAPE), 50_000, holds, [])
     profile = cpu_profile(TRUTH, SHAPE, PLAN, 50_000)
     for number, place in enumerate(rates_per_s(calibrate(measured), PLAN)):
         trace = PLAN.trace(place[2], number)
@@ -183,7 +189,7 @@ def test_too_little_to_fit_is_said(measured: Measured) -> None:
 def test_the_simulator_takes_the_fitted_time_for_an_iteration(work: tuple[int, int, int, int]) -> None:
     tables = build_tables(cpu_profile(TRUTH, SHAPE, PLAN, 50_000))
     decodes, context, prefill, pairs = work
-    rows = Iterations(*(np.array([float(v)]) for v in (0, 0, 0, decodes, prefill, context, pairs)))
+    rows = _iteration(decodes, context, prefill, pairs)
 
     assert iteration_time_s(tables, 0, 0, *work) == pytest.approx(float(TRUTH.predict_s(rows)[0]), rel=1e-9)
 

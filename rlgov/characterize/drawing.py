@@ -199,8 +199,15 @@ def legend(
 
 
 def log_axis(axis: Axis) -> None:
-    """A logarithmic axis that is labelled with plain numbers. Call it when everything is drawn."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]  # the stubs leave it out
+    """A logarithmic axis that is labelled with plain numbers. Call it when everything is drawn.
+
+    Where nothing above zero is drawn on it or on those it is shared with, it stays as it is.
+    """
+    axes, name = axis.axes, axis.axis_name  # type: ignore[attr-defined]  # the stubs leave them out
+    shared = axes.get_shared_x_axes() if name == "x" else axes.get_shared_y_axes()
+    if not any(np.isfinite(getattr(other.dataLim, f"minpos{name}")) for other in shared.get_siblings(axes)):
+        return
+    axes.set(**{f"{name}scale": "log"})
     low, high = axis.get_view_interval()
     narrow = high < _NARROW * low
     axis.set_major_locator(LogLocator(subs=_FINE if narrow else _COARSE, numticks=20))

@@ -40,7 +40,7 @@ _FEW_PANELS: Final = 2
 
 def clocks_figure(results: Results, workload: str) -> Drawing | Gap:
     """Power per GPU and energy per token over the clock, a line a batch size, a column a TP degree."""
-    name = f"clocks-{slug(workload)}"
+    name = f"clocks-{slug(results, workload)}"
     table = _of(results, workload)
     if not np.isfinite(numbers(table, "j_per_output_token")).any():
         return Gap(name, CLOCKS, "energy was not measured for this workload")
@@ -82,7 +82,7 @@ def clocks_figure(results: Results, workload: str) -> Drawing | Gap:
 
 def batches_figure(results: Results, workload: str) -> Drawing | Gap:
     """TPOT and TTFT over throughput, a line a clock, a column a TP degree, a marker a batch size."""
-    name = f"batches-{slug(workload)}"
+    name = f"batches-{slug(results, workload)}"
     table = _of(results, workload)
     rows = [column for column in ("tpot_p99_s", "ttft_p99_s") if np.isfinite(numbers(table, column)).any()]
     if not rows:
@@ -105,8 +105,6 @@ def batches_figure(results: Results, workload: str) -> Drawing | Gap:
             panels[-1][column].set_xlabel("Throughput, output tokens/s")
         for row, measure in enumerate(rows):
             panels[row][0].set_ylabel("TPOT p99, ms" if measure == "tpot_p99_s" else "TTFT p99, s")
-            for axes in panels[row]:
-                axes.set(xscale="log", yscale="log")
         for row in range(len(rows)):
             log_axis(panels[row][0].yaxis)
             for axes in panels[row]:
@@ -126,7 +124,7 @@ def batches_figure(results: Results, workload: str) -> Drawing | Gap:
 
 def parallel_figure(results: Results, workload: str) -> Drawing | Gap:
     """Energy per token, latency and throughput per GPU over the TP degree, a line a batch size."""
-    name = f"parallel-{slug(workload)}"
+    name = f"parallel-{slug(results, workload)}"
     table = _of(results, workload)
     degrees = sorted(table["tp_degree"].unique())
     if len(degrees) < _PAIR:
@@ -200,9 +198,10 @@ def _scale(measure: str) -> float:
     return 1000.0 if measure == "tpot_p99_s" else 1.0
 
 
-def slug(workload: str) -> str:
-    """A workload's name for a file."""
-    return "".join(letter if letter.isalnum() else "-" for letter in workload).strip("-").lower()
+def slug(results: Results, workload: str) -> str:
+    """A workload's number and name for a file; the number because two names may differ only in a sign."""
+    letters = "".join(letter if letter.isalnum() else "-" for letter in workload).strip("-").lower()
+    return f"{results.planned.index(workload) + 1}-{letters}"
 
 
 def _of(results: Results, workload: str) -> pd.DataFrame:

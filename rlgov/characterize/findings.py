@@ -23,7 +23,7 @@ PUBLISHED_ENERGY: Final = 0.8
 CLOSE: Final = 0.06
 """Clocks within this share of the wanted ones stand for them."""
 NEAR: Final = 0.01
-"""Configurations within this share of the least energy, or within its error, count as equally good."""
+"""Configurations within this share of the least energy, or within the error of that, are equally good."""
 FEWEST: Final = 4
 """Configurations that a rank correlation needs at least."""
 
@@ -53,14 +53,15 @@ def best_configurations(results: Results) -> pd.DataFrame:
 
     A row a workload and load, its best configuration's columns (missing where none holds the SLO), and
     ``measured``, ``holding``: configurations that were usable, and those of them within the SLO;
-    ``as_good``: other ones within the larger of 1 % and the errors;
+    ``as_good``: other ones within the larger of 1 % and the error of the comparison;
     ``fastest``, ``cheapest``, ``frugal``, ``highest``: energy per token, relative to the best, of the
     configuration with the least TPOT p99, the one with the fewest GPU-seconds a token within the SLO, the one
     of least power within the SLO, and the highest clock, cap and TP degree.
     """
     known = results.points[results.points["usable"] & results.points["j_per_output_token"].notna()]
+    repeats = results.rows.pivot_table(index="point_id", columns="repeat", values="j_per_output_token")
     rows = [
-        _best(group) | dict(zip(LOAD, key, strict=True))
+        _best(group, repeats) | dict(zip(LOAD, key, strict=True))
         for key, group in known.groupby(LOAD, dropna=False, sort=False)
     ]
     names = [*LOAD, "load", "measured", "holding", *CONFIGURATION, *_BEST, *_RIVALS, "as_good"]
@@ -87,7 +88,7 @@ _BEST: Final = [
 _RIVALS: Final = ["fastest", "cheapest", "frugal", "highest"]
 
 
-def _best(group: pd.DataFrame) -> dict[str, object]:
+def _best(group: pd.DataFrame, repeats: pd.DataFrame) -> dict[str, object]:
     holding = group[group["within_slo"]]
     row: dict[str, object] = {
         "load": group["load"].iloc[0],
@@ -96,12 +97,10 @@ def _best(group: pd.DataFrame) -> dict[str, object]:
     }
     if holding.empty:
         return row
-    energy = holding["j_per_output_token"]
     best = holding.sort_values("j_per_output_token", kind="stable").iloc[0]
     row |= {name: best[name] for name in [*CONFIGURATION, *_BEST]}
-    least, error = float(best["j_per_output_token"]), float(best["j_per_output_token_error"])
-    margin = np.maximum(NEAR * least, error + holding["j_per_output_token_error"])
-    row["as_good"] = int((energy - least <= margin).sum()) - 1
+    least = float(best["j_per_output_token"])
+    row["as_good"] = _as_good(holding, str(best["point_id"]), repeats)
     rivals = {
         "fastest": group.sort_values("tpot_p99_s", kind="stable"),
         "cheapest": holding.sort_values("gpu_s_per_token", kind="stable"),
@@ -109,6 +108,15 @@ def _best(group: pd.DataFrame) -> dict[str, object]:
         "highest": group.sort_values(CONFIGURATION, ascending=False, kind="stable"),
     }
     return row | {name: float(table["j_per_output_token"].iloc[0]) / least for name, table in rivals.items()}
+
+
+def _as_good(holding: pd.DataFrame, best_id: str, repeats: pd.DataFrame) -> int:
+    """How many others are as good as the best: repeat by repeat, because equal repeats had equal requests."""
+    ids = [name for name in holding["point_id"] if name != best_id]
+    ratios = repeats.loc[ids] / repeats.loc[best_id]
+    resolution = holding.set_index("point_id")["energy_error"].fillna(0.0)
+    margin = ratios.std(axis=1, ddof=1).fillna(0.0) + resolution.loc[ids] + float(resolution.loc[best_id])
+    return int((ratios.mean(axis=1) - 1.0 <= np.maximum(NEAR, margin)).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +218,8 @@ class ClockPair:
     """Whether they are the founding paper's clocks, or only in the same ratio below the highest."""
     table: pd.DataFrame
     """A row a point of the series at both clocks: workload, tp_degree, level, and the ratios low to high
-    ``throughput``, ``energy``, ``tpot`` with ``*_error`` (standard deviation over paired repeats)."""
+    ``throughput``, ``energy``, ``tpot`` with ``*_error`` (standard deviation over paired repeats, missing
+    with one)."""
 
     @property
     def holds(self) -> int:
@@ -240,13 +249,12 @@ def _ratios(results: Results, low: float, high: float) -> pd.DataFrame:
     rows = results.rows.merge(kept, on="point_id")
     same = ["workload", "tp_degree", "batch_cap", "level", "repeat"]
     measures = {"throughput": "output_tokens_per_s", "energy": "j_per_output_token", "tpot": "tpot_p50_s"}
-    sides = [
-        rows[rows["sm_clock_mhz"] == clock].set_index(same)[list(measures.values())] for clock in (low, high)
-    ]
-    both = sides[0].join(sides[1], how="inner", lsuffix="_low", rsuffix="_high").reset_index()
+    columns = [*same, *measures.values()]
+    sides = [rows.loc[rows["sm_clock_mhz"] == clock, columns] for clock in (low, high)]
+    both = sides[0].merge(sides[1], on=same, suffixes=("_low", "_high"))
     for name, column in measures.items():
         both[name] = both[f"{column}_low"] / both[f"{column}_high"]
     groups = both.dropna(subset=["throughput", "energy"]).groupby(["workload", "tp_degree", "level"])
     mean = groups[list(measures)].mean()
-    spread = groups[list(measures)].std(ddof=1).fillna(0.0).add_suffix("_error")
+    spread = groups[list(measures)].std(ddof=1).add_suffix("_error")
     return mean.join(spread).reset_index()

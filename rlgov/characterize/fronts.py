@@ -63,7 +63,6 @@ def fronts_figure(results: Results) -> Drawing | Gap:
             axes.set_title(workload, fontweight="bold")
             if level is not None:
                 limit_line(axes, 1000.0 * level.tpot_s, "SLO", vertical=True)
-            axes.set(xscale="log", yscale="log")
         for axes in flat[: len(shown)]:
             log_axis(axes.xaxis)
             log_axis(axes.yaxis)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One column of a table on the page; ``per`` turns a share into percent, seconds into ms and the like."""
+    """One column of a table on the page.
+
+    ``digits`` are significant ones, 0 for a whole number; ``per`` turns a share into percent and the like.
+    """
 
     column: str
     heading: str
@@ -87,9 +90,9 @@ def cell(value: Any, digits: int = 3, per: float = 1.0) -> Cell:  # noqa: ANN401
 
 
 def significant(number: float, digits: int = 3) -> str:
-    """With so many significant digits, without an exponent, and with every digit of a large whole part."""
-    if number == 0:
-        return "0"
+    """So many significant digits (0: a whole number), no exponent; all digits before the point."""
+    if number == 0 or digits == 0:
+        return f"{number:.0f}"
     places = max(digits - 1 - int(np.floor(np.log10(abs(number)))), 0)
     return f"{number:.{places}f}"
 

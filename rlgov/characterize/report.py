@@ -22,7 +22,17 @@ from rlgov.characterize.findings import (
     rank_correlations,
     variety,
 )
-from rlgov.characterize.page import Experiment, Field, Picture, TextTable, cell, inline, render, table_of
+from rlgov.characterize.page import (
+    Experiment,
+    Field,
+    Picture,
+    TextTable,
+    cell,
+    inline,
+    render,
+    significant,
+    table_of,
+)
 from rlgov.characterize.tables import FAILED_SHARE, read_results
 
 if TYPE_CHECKING:
@@ -36,9 +46,9 @@ REPORT_FILE: Final = "report.html"
 FIGURES_FOLDER: Final = "figures"
 
 _CONFIGURATION: Final = [
-    Field("sm_clock_mhz", "SM clock, MHz", 4),
-    Field("batch_cap", "cap"),
-    Field("tp_degree", "TP"),
+    Field("sm_clock_mhz", "SM clock, MHz", 0),
+    Field("batch_cap", "cap", 0),
+    Field("tp_degree", "TP", 0),
 ]
 _LATENCY: Final = [Field("tpot_p99_s", "TPOT p99, ms", per=1000.0), Field("ttft_p99_s", "TTFT p99, s")]
 _BEST: Final = [
@@ -50,9 +60,9 @@ _BEST: Final = [
     Field("power_w", "power, W"),
     *_LATENCY,
     Field("output_tokens_per_s", "tokens/s"),
-    Field("as_good", "equally good"),
-    Field("holding", "within SLO"),
-    Field("measured", "measured"),
+    Field("as_good", "equally good", 0),
+    Field("holding", "within SLO", 0),
+    Field("measured", "measured", 0),
     Field("fastest", "fastest"),
     Field("cheapest", "cheapest"),
     Field("frugal", "least power"),
@@ -61,13 +71,13 @@ _BEST: Final = [
 _CORRELATIONS: Final = [
     Field("workload", "workload"),
     Field("load", "load"),
-    Field("configurations", "configurations"),
+    Field("configurations", "configurations", 0),
     *(Field(name, about, 2) for name, about in COMPANIONS.items()),
 ]
 _PAIR: Final = [
     Field("workload", "workload"),
-    Field("tp_degree", "TP"),
-    Field("level", "level"),
+    Field("tp_degree", "TP", 0),
+    Field("level", "level", 3),
     *(
         field
         for name, about in (
@@ -82,7 +92,7 @@ _POINTS: Final = [
     Field("workload", "workload"),
     Field("load", "load"),
     *_CONFIGURATION,
-    Field("repeats", "repeats"),
+    Field("repeats", "repeats", 0),
     Field("steady", "steady"),
     Field("within_slo", "within SLO"),
     Field("running_mean", "running"),
@@ -98,11 +108,17 @@ _POINTS: Final = [
     Field("j_per_output_token", "J/token", 4),
     Field("j_per_output_token_error", "±"),
     Field("j_per_request", "J/request"),
-    Field("measured_clock_mhz", "clock measured, MHz", 4),
+    Field("measured_clock_mhz", "clock measured, MHz", 0),
     Field("throttled_fraction", "throttled, %", per=100.0),
     Field("throttle_reasons", "reasons"),
-    Field("failed", "failed"),
+    Field("failed", "failed", 0),
 ]
+_SPREADS: Final = {
+    "j_per_output_token": "Energy per token (with the meter's resolution)",
+    "output_tokens_per_s": "Throughput",
+    "tpot_p99_s": "TPOT p99",
+    "ttft_p99_s": "TTFT p99",
+}
 _CONTENTS: Final = (
     ("short", "In short"),
     ("missing", "Not measured"),
@@ -207,7 +223,7 @@ def _batches(results: Results) -> TextTable:
     rows = []
     for level, group in here.groupby("level"):
         running = group.drop_duplicates("tp_degree").set_index("tp_degree")["running_mean"]
-        rows.append((cell(float(str(level))), *(cell(float(running.get(d, np.nan))) for d in degrees)))
+        rows.append((cell(f"{float(str(level)):g}"), *(cell(float(running.get(d, np.nan))) for d in degrees)))
     return TextTable((results.level_name, *(f"TP {degree:g}" for degree in degrees)), tuple(rows))
 
 
@@ -254,41 +270,37 @@ def _pair_table(pair: ClockPair | None) -> TextTable:
 
 def _uncertainty(results: Results) -> list[str]:
     points = results.points
-    repeats = points["repeats"]
-    lines = [f"{int(repeats.min())} to {int(repeats.max())} repeats a point, of {len(points)} points."]
-    if repeats.min() == repeats.max():
-        lines = [
-            f"{int(repeats.max())} repeat{'s' if repeats.max() > 1 else ''} a point, {len(points)} points."
+    fewest, most = int(points["repeats"].min()), int(points["repeats"].max())
+    count = f"{most} repeat{'s' if most > 1 else ''}" if fewest == most else f"{fewest} to {most} repeats"
+    lines = [f"{count} a point, {len(points)} points."]
+    if most > 1:
+        lines += [
+            f"{words}: the repeats' standard deviation is {_share(points, f'{measure}_error', measure)}."
+            for measure, words in _SPREADS.items()
+            if results.has(measure)
         ]
-    if repeats.max() > 1:
-        for measure, words in (
-            ("j_per_output_token", "energy per token"),
-            ("output_tokens_per_s", "throughput"),
-            ("tpot_p99_s", "TPOT p99"),
-            ("ttft_p99_s", "TTFT p99"),
-        ):
-            share = numbers(points, f"{measure}_error") / numbers(points, measure)
-            share = share[np.isfinite(share) & (repeats > 1).to_numpy()]
-            if share.size:
-                lines.append(
-                    f"Standard deviation between repeats, {words}: median {100 * np.median(share):.2g} %, "
-                    f"largest {100 * share.max():.2g} % of the value"
-                    + (" (the meter's resolution included)." if measure == "j_per_output_token" else ".")
-                )
-    resolution = numbers(points, "energy_error")
-    known = resolution[np.isfinite(resolution)]
     if results.simulated:
         lines.append(
             "Simulated energy has no measurement error. How far the simulator is from a real engine is "
             "another matter, and not in these numbers."
         )
-    elif known.size:
-        lines.append(
-            f"The meter's resolution leaves open {100 * np.median(known):.2g} % of the energy in the median, "
-            f"{100 * known.max():.2g} % at most."
-        )
-    lines.append("Two configurations closer than their errors, or than 1 %, are counted as equally good.")
+    elif results.has("energy_error"):
+        lines.append(f"The meter's resolution leaves open {_share(points, 'energy_error')} of the energy.")
+    lines.append(
+        "Equal repeats had equal requests, so configurations are compared repeat by repeat. Those closer "
+        "than the spread of that, the meter's resolution, or 1 % are counted as equally good."
+    )
     return lines
+
+
+def _share(points: pd.DataFrame, column: str, of: str | None = None) -> str:
+    """Median and largest of a share, in percent."""
+    share = numbers(points, column) / (numbers(points, of) if of is not None else 1.0)
+    known = 100.0 * share[np.isfinite(share)]
+    if not known.size:
+        return "an unknown share"
+    middle, largest = (significant(float(value), 2) for value in (np.median(known), known.max()))
+    return f"median {middle} %, at most {largest} %"
 
 
 def _conditions(results: Results) -> TextTable:

@@ -1,8 +1,8 @@
 """A run's points as the report reads them: repeats merged, spreads kept, loads named. Pure but for reading.
 
 A point's value is the mean of its repeats. Its error is one standard deviation of the repeats and, of
-energies and powers, what the meter's resolution leaves open, added in quadrature; with one repeat only the
-latter is known.
+energies and powers, what the meter's resolution leaves open, added in quadrature. With one repeat only the
+latter is known; where that is nothing either, the error is missing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Results:
         The closed loop where there is one: of those with one level, the one with the least queue. Else the
         open loop at the largest cap.
         """
-        points = self.points[np.isfinite(_floats(self.points, "output_tokens_per_s"))]
+        points = self.points[_floats(self.points, "output_tokens_per_s") > 0]
         closed = points[points["mode"] == "closed"]
         if closed.empty:
             largest: pd.DataFrame = points[points["batch_cap"] == points["batch_cap"].max()]
@@ -149,9 +149,9 @@ class Results:
             )
         if self.service_level is None:
             told.append("The run names no SLO: nothing can be said about what holds it.")
-        known = np.isfinite(_floats(self.rows, "output_tokens_per_s"))
-        if not known.all():
-            told.append(f"{int((~known).sum())} of {len(known)} rows have no throughput and are not drawn.")
+        served = _floats(self.rows, "output_tokens_per_s") > 0
+        if not served.all():
+            told.append(f"{int((~served).sum())} of {len(served)} rows have no throughput and are not drawn.")
         unsteady = int((~self.rows["steady"].astype(bool)).sum())
         if unsteady:
             kept = self.points["steady"].any()
@@ -190,7 +190,7 @@ def clock_label(sm_clock_mhz: float) -> str:
 def _merged(rows: pd.DataFrame) -> pd.DataFrame:
     numbers = rows[_MEASURES].astype("float64")
     groups = numbers.groupby(rows["point_id"], sort=False)
-    mean, spread = groups.mean(), groups.std(ddof=1).fillna(0.0)
+    mean, spread = groups.mean(), groups.std(ddof=1)
     by_point = rows.groupby("point_id", sort=False)
     merged = by_point[_IDENTITY].first().join(mean)
     for name in ("concurrency", "rate_per_s", "sm_clock_mhz", "batch_cap", "tp_degree", "allotted_gpus"):
@@ -203,8 +203,9 @@ def _merged(rows: pd.DataFrame) -> pd.DataFrame:
     merged["throttle_reasons"] = by_point["throttle_reasons"].agg(_reasons)
     resolution = mean["energy_error"].fillna(0.0)
     for name in _MEASURES:
-        left_open = resolution * mean[name] if name in _OF_ENERGY else 0.0
-        merged[f"{name}_error"] = np.hypot(spread[name], left_open)
+        left_open = resolution * mean[name] if name in _OF_ENERGY else resolution * 0.0
+        total = np.hypot(spread[name].fillna(0.0), left_open)
+        merged[f"{name}_error"] = np.where(spread[name].notna() | (left_open > 0), total, np.nan)
     return merged.reset_index()
 
 
@@ -213,7 +214,7 @@ def _with_derived(points: pd.DataFrame, level: ServiceLevel | None) -> pd.DataFr
     limit = np.fmin(_floats(points, "concurrency"), _floats(points, "batch_cap"))
     points["level"] = np.where(closed, limit, _floats(points, "rate_per_s"))
     points["load"] = [
-        f"{users:g} users" if is_closed else f"{rate:g} requests/s"
+        f"{users:g} users" if is_closed else f"{rate:g} request{'' if rate == 1 else 's'}/s"
         for is_closed, users, rate in zip(closed, points["concurrency"], points["rate_per_s"], strict=True)
     ]
     tokens_per_s = _floats(points, "output_tokens_per_s")

@@ -15,6 +15,7 @@ def report(
     /,
     *,
     profile: str = DEFAULT_PROFILE,
+    policy: str | None = None,
     draws: int = 8,
     json: Json = False,
 ) -> None:
@@ -26,16 +27,23 @@ def report(
     Args:
         journal: The journal of `rlgov govern`: a file, or the folder of a rotated one.
         profile: Profile name or path of a profile file, of this deployment.
+        policy: A bundle or a baseline that decides anew on the recorded requests, in simulation: what acting
+            would have led to.
         draws: How often the simulation is repeated with other values of the profile's uncertain numbers.
         json: Report as JSON.
     """
+    from rlgov.agents.baselines import PolicyContext, by_name
     from rlgov.governor.shadow_report import shadow_report
     from rlgov.journal import read_journal
+    from rlgov.simulation.physics import build_tables
     from rlgov.simulation.profile import load_profile
 
     if draws < 0:
         raise ConfigError(f"--draws must not be negative, got {draws}")
-    found = shadow_report(read_journal(journal, allow_cut=True), load_profile(profile), draws=draws)
+    recorded, known = read_journal(journal, allow_cut=True), load_profile(profile)
+    context = PolicyContext(known.limits(), build_tables(known))
+    again = by_name(policy, context) if policy is not None else None
+    found = shadow_report(recorded, known, policy=again, draws=draws)
     if json:
         put_json(found.to_json())
         return

@@ -24,13 +24,20 @@ from rich.table import Table
 
 from rlgov.agents import statistics
 from rlgov.errors import ConfigError
-from rlgov.governor.shadow_simulation import Estimate, SimulatedSaving, simulate_run
+from rlgov.governor.shadow_simulation import (
+    Estimate,
+    ReplayedSaving,
+    SimulatedSaving,
+    replay_policy,
+    simulate_run,
+)
 from rlgov.simulation.forecast import Forecast, stated_error
 from rlgov.simulation.physics import build_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlgov.agents.policy import Policy
     from rlgov.journal import Journal
     from rlgov.records import Configuration, Window
     from rlgov.simulation.profile import Profile
@@ -41,7 +48,7 @@ _BLOCK_S: Final = statistics.BLOCK_S
 ASSUMPTIONS: Final = (
     "Energy is that of the allotted GPUs, as their meters counted it.",
     "The same requests would have come at the same times, whatever the latency.",
-    "A decision is taken as the journal has it; carried out, it would have changed the windows after it.",
+    "Decisions are taken as the journal has them; carried out, they would have changed later windows.",
     "By tables, load is steady within a window and leaves nothing to the next one.",
     "Blind windows, windows without energy and windows during a TP switch are left out.",
     "Intervals are 95 %, over one-minute blocks of this traffic; errors of the profile are stated apart.",
@@ -85,6 +92,7 @@ class ShadowReport:
     measured: Measured
     tables: TableSaving
     simulation: SimulatedSaving | None
+    replayed: ReplayedSaving | None  # of the policy that was named, if one was
     no_simulation: str  # why there is none; empty if there is one
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
@@ -114,6 +122,13 @@ class ShadowReport:
             _estimate(tables.in_force, tables.in_force_saved_j),
             _simulated(simulated.in_force, simulated.in_force_range) if simulated else none,
         )
+        if self.replayed is not None:
+            again = self.replayed
+            table.add_row(
+                f"{again.policy} deciding anew, against fastest",
+                none,
+                f"{_percent(again.saving)}, {100 * again.slo_attainment:.2f} % within their limits",
+            )
         table.add_row(
             "measured over predicted energy",
             f"{tables.measured_over_predicted:.3f}",
@@ -126,12 +141,15 @@ class ShadowReport:
         return table
 
 
-def shadow_report(journal: Journal, profile: Profile, *, draws: int = 8) -> ShadowReport:
+def shadow_report(
+    journal: Journal, profile: Profile, *, policy: Policy | None = None, draws: int = 8
+) -> ShadowReport:
     """Estimate what a governed run saved, and what its decisions would have saved.
 
     Args:
         journal: Of ``rlgov govern``, in any mode that decides.
         profile: Of the deployment.
+        policy: Decides anew on the recorded requests, in simulation.
         draws: How often the simulation is repeated with other values within the profile's ranges.
 
     Raises:
@@ -147,12 +165,14 @@ def shadow_report(journal: Journal, profile: Profile, *, draws: int = 8) -> Shad
             "record with `rlgov govern --mode shadow` on GPUs with a meter"
         )
     simulation: SimulatedSaving | None = None
+    replayed: ReplayedSaving | None = None
     no_simulation = ""
     if not journal.requests:
         no_simulation = "the journal holds no requests: an attached vLLM does not tell them"
     else:
         try:
             simulation = simulate_run(journal, profile, draws=draws)
+            replayed = replay_policy(journal, profile, policy) if policy is not None else None
         except ConfigError as error:
             no_simulation = str(error)
     return ShadowReport(
@@ -162,6 +182,7 @@ def shadow_report(journal: Journal, profile: Profile, *, draws: int = 8) -> Shad
         measured=_measured(journal, len(pairs)),
         tables=_by_tables(pairs, forecast, limits.fastest),
         simulation=simulation,
+        replayed=replayed,
         no_simulation=no_simulation,
     )
 
@@ -239,11 +260,15 @@ def _energies(
     return (float(window.energy_j or 0.0), *(e.power_w * window.duration_s for e in expected))  # type: ignore[return-value]  # three of them
 
 
-def _estimate(estimate: Estimate, saved_j: float) -> str:
+def _percent(estimate: Estimate) -> str:
     text = f"{100 * estimate.share:.1f} %"
     if estimate.low is not None and estimate.high is not None:
         text += f" ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
-    return f"{text}, {saved_j / 1e3:,.1f} kJ"
+    return text
+
+
+def _estimate(estimate: Estimate, saved_j: float) -> str:
+    return f"{_percent(estimate)}, {saved_j / 1e3:,.1f} kJ"
 
 
 def _simulated(estimate: Estimate, found: tuple[float, float] | None) -> str:

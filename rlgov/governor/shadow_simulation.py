@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from rlgov.agents import statistics
-from rlgov.agents.playback import DRAIN_S, is_over
+from rlgov.agents.playback import DRAIN_S, Schedule, hold, is_over, play
 from rlgov.deployments.replayed import recorded_trace
+from rlgov.deployments.simulated import SimulatedDeployment
 from rlgov.errors import ConfigError, JournalError
 from rlgov.records import Column
 from rlgov.simulation.batch import SimulationBatch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from rlgov.agents.policy import Policy
     from rlgov.agents.statistics import Interval
     from rlgov.journal import Interval as Recorded
     from rlgov.journal import Journal
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 RUNS: Final = ("in force", "decided", "fastest")
 _GAP: Final = 0.5  # of an interval: windows further apart than this belong to two stretches
 _SHORTEST_WINDOWS: Final = 4
+_TOO_SHORT: Final = f"no stretch of {_SHORTEST_WINDOWS} windows without a gap holds requests"
 _STREAM: Final = 0x5AD1  # keeps these draws apart from any other use of the same seeds
 
 
@@ -78,6 +81,15 @@ class SimulatedSaving:
         return {run: f"{math.floor(1e4 * share) / 100:.2f} %" for run, share in self.slo_attainment.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayedSaving:
+    """A policy that decides anew on the recorded requests, in simulation, against the fastest."""
+
+    policy: str
+    saving: Estimate
+    slo_attainment: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stretch:
     trace: Trace
@@ -107,7 +119,7 @@ def simulate_run(journal: Journal, profile: Profile, *, draws: int) -> Simulated
     limits = journal.header.limits
     stretches = list(_stretches(journal))
     if not stretches:
-        raise ConfigError(f"no stretch of {_SHORTEST_WINDOWS} windows without a gap holds requests")
+        raise ConfigError(_TOO_SHORT)
     outcomes = [_play(stretches, tables, limits) for tables in _physics(profile, limits, draws)]
     nominal = outcomes[0]
     measured_j = [stretch.measured_j for stretch in stretches if stretch.measured_j is not None]
@@ -132,6 +144,44 @@ def simulate_run(journal: Journal, profile: Profile, *, draws: int) -> Simulated
         stretches=len(stretches),
         draws=draws,
     )
+
+
+def replay_policy(journal: Journal, profile: Profile, policy: Policy) -> ReplayedSaving:
+    """Let a policy govern the recorded requests in simulation: what acting would have led to.
+
+    Args:
+        journal: With requests.
+        profile: Of the deployment.
+        policy: The one that was in shadow, or any other.
+
+    Raises:
+        ConfigError: No stretch of the recording is long enough.
+        BundleError: The policy was trained on other actions than the profile offers.
+    """
+    limits = profile.limits().with_service_level(journal.header.limits.service_level)
+    tables = build_tables(profile)
+    batch = SimulationBatch(limits, 1, tables)
+    spent: list[NDArray[np.float64]] = []
+    unsaved: list[NDArray[np.float64]] = []
+    missed = count = 0
+    for stretch in _stretches(journal):
+        schedule = Schedule(0.0, stretch.windows * limits.interval_s)
+        trace = replace(stretch.trace, duration_s=schedule.end_s)
+        deployment = SimulatedDeployment(profile, trace, service_level=limits.service_level, tables=tables)
+        chosen = play(deployment, policy, schedule)
+        fastest = hold(batch, trace, tables, schedule, limits.fastest)
+        blocks = statistics.block_count(schedule.span_s)
+        for run, into in ((chosen, spent), (fastest, unsaved)):
+            at_s, energy_j = run.rows[:, Column.START_S], run.rows[:, Column.ENERGY_J]
+            into.append(statistics.block_sums(at_s, energy_j, schedule.span_s, blocks))
+        missed += int(np.count_nonzero(chosen.requests.missed))
+        count += len(trace)
+    if not spent:
+        raise ConfigError(_TOO_SHORT)
+    spent_j, unsaved_j = np.concatenate(spent), np.concatenate(unsaved)
+    interval = statistics.saving_interval(spent_j, unsaved_j, np.random.default_rng(_STREAM))
+    share = 1.0 - math.fsum(spent_j) / math.fsum(unsaved_j)
+    return ReplayedSaving(policy.name, Estimate.of(share, interval), 1.0 - missed / count)
 
 
 def _physics(profile: Profile, limits: Limits, draws: int) -> Iterator[PhysicsTables]:

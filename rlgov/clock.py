@@ -44,6 +44,20 @@ class SystemClock:
             time.sleep(duration_s)
 
 
+class SuspendAwareClock(SystemClock):
+    """As :class:`SystemClock`, but monotonic time also runs while the host is suspended.
+
+    Sleeping does not count the suspension: wake up often enough where it matters.
+    """
+
+    def monotonic_s(self) -> float:
+        """Seconds since the host started; of the plain monotonic clock where there is no such clock."""
+        return time.clock_gettime(_BOOT_CLOCK)
+
+
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 class VirtualClock:
     """A clock that stands still until it is moved; sleeping moves it.
 

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from rlgov.errors import HardwareError
+from rlgov.hardware.claims import NoClaims
 from rlgov.hardware.throttle import EXCUSING_REASONS, GPU_IDLE
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from rlgov.clock import Clock
+    from rlgov.hardware.claims import Claims
 
 TOLERANCE_MHZ = 20
 """A measured clock this close to the asked one is the asked one; supported clocks lie 15 MHz apart."""
@@ -179,6 +181,7 @@ class GroupClocks:
         supported_mhz: SM clocks that all of them have.
         clock: For the time that settling takes.
         restore_clock_mhz: Clock an operator holds the GPUs at; None if they were not locked.
+        claims: Keep other processes off these GPUs from the first lock to the restore.
 
     Raises:
         HardwareError: No GPU, no clock, or a ``restore_clock_mhz`` that is not supported.
@@ -192,6 +195,7 @@ class GroupClocks:
         clock: Clock,
         *,
         restore_clock_mhz: int | None = None,
+        claims: Claims | None = None,
     ) -> None:
         if not uuids or not supported_mhz:
             raise HardwareError(
@@ -208,6 +212,7 @@ class GroupClocks:
         self._supported_mhz = tuple(sorted(set(supported_mhz), reverse=True))
         self._clock = clock
         self._restore_clock_mhz = restore_clock_mhz
+        self._claims: Claims = NoClaims() if claims is None else claims
         self._probed = False
         self._touched = False  # something may differ from what was found
         self._locked_mhz: int | None = None  # in force on all GPUs; None: as found
@@ -249,14 +254,16 @@ class GroupClocks:
         """Hold all GPUs at the highest supported clock at or below ``sm_clock_mhz``, or change none.
 
         Raises:
-            HardwareError: No such clock, no permission, or a GPU refused; then all GPUs are as before, or,
-                where that failed too, as found; the message says which could not be reached.
+            HardwareError: No such clock, no permission, another process sets it, or a GPU refused; then all
+                GPUs are as before, or, where that failed too, as found; the message says which could not be
+                reached.
         """
         wanted_mhz = snap_clock(sm_clock_mhz, self._supported_mhz)
         if not self._probed:
             self.probe()
         before_mhz = self._locked_mhz
         if not self._touched:
+            self._claim()
             atexit.register(self._restore_at_exit)
         self._touched = True  # from here on an interruption at any point leaves something to restore
         try:
@@ -291,6 +298,7 @@ class GroupClocks:
                 f"nvidia-smi -i {','.join(self._uuids)} --reset-gpu-clocks"
             )
         self._touched = False
+        self._unclaim()
         atexit.unregister(self._restore_at_exit)
 
     def check(self) -> ClockCheck:
@@ -307,6 +315,18 @@ class GroupClocks:
         while not (check := self.check()).verified and self._clock.monotonic_s() < deadline_s:
             self._clock.sleep_s(_POLL_S)
         return check
+
+    def _claim(self) -> None:
+        try:
+            for uuid in self._uuids:
+                self._claims.take(uuid)
+        except HardwareError:
+            self._unclaim()
+            raise
+
+    def _unclaim(self) -> None:
+        for uuid in self._uuids:
+            self._claims.give_up(uuid)
 
     def _check_gpu(self, uuid: str, asked_mhz: int) -> GpuCheck:
         try:

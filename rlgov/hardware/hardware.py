@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlgov.errors import HardwareError
-from rlgov.hardware.clocks import GroupClocks
-from rlgov.hardware.driver import NvmlClockPort
+from rlgov.hardware.backends import ClockBackend, ClockKind, open_clocks
 from rlgov.hardware.events import XidEvents
 from rlgov.hardware.gpus import Gpu, common_clocks_mhz, list_gpus, select_gpus
 from rlgov.hardware.meter import NvmlMeter
@@ -25,6 +24,15 @@ if TYPE_CHECKING:
     from rlgov.hardware.meter import Meter
 
 
+@runtime_checkable
+class Closable(Protocol):
+    """Clocks that hold a connection."""
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What there is to read and to set. Close it, or use it in a ``with``: that restores the clocks."""
@@ -35,6 +43,7 @@ class Hardware:
     gpus: tuple[Gpu, ...]
     note: str = ""  # why something is a stand-in
     session: NvmlSession | None = None
+    clocks_by: ClockKind = ClockKind.NONE
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +61,8 @@ class Hardware:
         try:
             self.clocks.restore()
         finally:
+            if isinstance(self.clocks, Closable):
+                self.clocks.close()
             self.events.close()
             if self.session is not None:
                 self.session.close()
@@ -63,6 +74,7 @@ def open_hardware(
     *,
     restore_clock_mhz: int | None = None,
     require_clocks: bool = False,
+    backend: ClockBackend | None = None,
 ) -> Hardware:
     """Open GPUs by UUID.
 
@@ -71,6 +83,7 @@ def open_hardware(
         clock: Dates readings, paces attempts.
         restore_clock_mhz: Clock an operator holds these GPUs at, restored in place of "no lock".
         require_clocks: Raise, with the reason, where clocks cannot be set.
+        backend: Who sets the clocks; by default this process.
 
     Returns:
         Hardware with stand-ins, and the reason in its note, for what this machine does not have. No
@@ -92,7 +105,9 @@ def open_hardware(
         if not gpus:
             session.close()
             return _without("NVML shows no GPU", clock, require_clocks=require_clocks)
-        return _with(session, gpus, clock, restore_clock_mhz, require_clocks=require_clocks)
+        return _with(
+            session, gpus, clock, restore_clock_mhz, backend or ClockBackend(), require_clocks=require_clocks
+        )
     except BaseException:
         session.close()
         raise
@@ -103,6 +118,7 @@ def _with(
     gpus: tuple[Gpu, ...],
     clock: Clock,
     restore_clock_mhz: int | None,
+    backend: ClockBackend,
     *,
     require_clocks: bool,
 ) -> Hardware:
@@ -114,16 +130,20 @@ def _with(
     uuids = tuple(gpu.uuid for gpu in gpus)
     clocks: ClockControl = NullClocks()
     if not notes:
-        bounds_mhz = {gpu.uuid: (gpu.sm_clocks_mhz[-1], gpu.sm_clocks_mhz[0]) for gpu in gpus}
-        port = NvmlClockPort(session, bounds_mhz)
-        clocks = GroupClocks(port, uuids, common_clocks_mhz(gpus), clock, restore_clock_mhz=restore_clock_mhz)
+        try:
+            clocks = open_clocks(backend, session, gpus, clock, restore_clock_mhz)
+        except HardwareError as error:
+            if require_clocks or backend.kind is ClockKind.DIRECT:
+                raise
+            notes.append(str(error))
     events: EventSource
     try:
         events = XidEvents(session, uuids, clock)
     except HardwareError as error:
         notes.append(str(error))
         events = NullEvents()
-    return Hardware(NvmlMeter(session, uuids, clock), clocks, events, gpus, "; ".join(notes), session)
+    kind = backend.kind if clocks.present else ClockKind.NONE
+    return Hardware(NvmlMeter(session, uuids, clock), clocks, events, gpus, "; ".join(notes), session, kind)
 
 
 def _without(note: str, clock: Clock, *, require_clocks: bool) -> Hardware:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "libnvidia-ml.so.1"
 STATE_VARIABLE = "RLGOV_NVML_STUB"
+CLAIMS_VARIABLE = "RLGOV_CLAIMS_DIR"
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 
 CODES = {
@@ -193,7 +194,12 @@ class NvmlStub:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to find this driver; add it to that of the process."""
-        return {"LD_LIBRARY_PATH": str(self.library), STATE_VARIABLE: str(self.path)}
+        return {
+            "LD_LIBRARY_PATH": str(self.library),
+            STATE_VARIABLE: str(self.path),
+            # Every stand-in has GPUs of the same names, so each needs its own folder of who holds them.
+            CLAIMS_VARIABLE: f"{self.path}-claims",
+        }
 
     @property
     def uuids(self) -> tuple[str, ...]:

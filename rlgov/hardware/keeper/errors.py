@@ -6,7 +6,7 @@ from rlgov.errors import HardwareError
 
 
 class KeeperGone(HardwareError):  # noqa: N818  # says what happened; every error here is a HardwareError
-    """The keeper cannot be reached, or went away. What was locked is restored by its next start at the latest."""
+    """The keeper cannot be reached, or went away. Its next start at the latest restores what was locked."""
 
 
 class KeeperRefused(HardwareError):  # noqa: N818  # as KeeperGone
@@ -23,7 +23,7 @@ class KeeperRefused(HardwareError):  # noqa: N818  # as KeeperGone
 
 
 class LeaseLost(HardwareError):  # noqa: N818  # as KeeperGone
-    """The lease ended without our doing: it was not renewed in time, or the keeper ended it. Clocks are restored."""
+    """The lease ended: it was not renewed in time, or the keeper ended it. The clocks are restored."""
 
 
 class ForeignWriter(HardwareError):  # noqa: N818  # as KeeperGone

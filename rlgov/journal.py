@@ -36,6 +36,8 @@ JOURNAL_SCHEMA: Final = 2
 2: windows carry ``tp_refused``, and their energy may be missing. 1: the first.
 """
 
+JOURNAL_SUFFIX: Final = ".jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -198,15 +200,17 @@ def decode_journal(lines: Iterable[str], *, name: str) -> Journal:
 
 
 def read_journal(path: Path, *, allow_cut: bool = False) -> Journal:
-    """Read a journal from a file.
+    """Read a journal from a file, or the last run of a folder that a rotating writer filled.
 
     Args:
-        path: The file.
+        path: The file, or the folder.
         allow_cut: Leave out a last line without a newline: what a writer that was killed leaves behind.
 
     Raises:
         JournalError: Names file and line.
     """
+    if path.is_dir():
+        return _read_folder(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -218,6 +222,40 @@ def read_journal(path: Path, *, allow_cut: bool = False) -> Journal:
         msg = f"{path}:{len(lines) + 1}: the last line is cut off; read it with allow_cut to go without it"
         raise JournalError(msg)
     return decode_journal(lines, name=str(path))
+
+
+def _read_folder(folder: Path) -> Journal:
+    """The last run in a folder: the newest file and those before it that have the same header.
+
+    Each begins with the header; one may be cut off where its writer was killed or its disk was full.
+    """
+    parts: list[Journal] = []
+    for path in sorted(folder.glob(f"*{JOURNAL_SUFFIX}"), reverse=True):
+        try:
+            part = read_journal(path, allow_cut=True)
+        except JournalError:
+            if _holds_nothing(path):
+                continue  # begun, and ended before the first interval
+            raise
+        if parts and part.header != parts[-1].header:
+            break
+        parts.append(part)
+    if not parts:
+        msg = f"{folder}: no journal in this folder; name a file, or the folder of `rlgov govern --journal`"
+        raise JournalError(msg)
+    parts.reverse()
+    return Journal(
+        parts[0].header,
+        tuple(interval for part in parts for interval in part.intervals),
+        tuple(request for part in parts for request in part.requests),
+    )
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a file holds no more than a header, or a part of one."""
+    with path.open(encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return all(decode(line, where=f"{path}:1") is not None and '"kind":"header"' in line for line in lines)
 
 
 class LineSink(Protocol):

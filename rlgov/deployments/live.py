@@ -196,7 +196,7 @@ class LiveDeployment:
         if not (self._to_close and self._started):
             msg = "advance() before start(): call start() first"
             raise DeploymentError(msg)
-        self._state = self._hands.act(configuration, self._state)
+        self._state = self._hands.act(configuration, self._state, self.check)
         self._pacer.wait()
         return self._observe()
 

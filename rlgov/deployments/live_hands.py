@@ -47,6 +47,7 @@ class Hands:
         self._acting = acting
         self._cap_moved = False
         self._clocks_moved = False
+        self._asked_mhz: int | None = None  # of the last lock that went well
 
     @property
     def acting(self) -> bool:
@@ -64,12 +65,13 @@ class Hands:
         if not acting:
             self.give_back()
 
-    def act(self, asked: Configuration, state: StackState | None) -> StackState | None:
+    def act(self, asked: Configuration, state: StackState | None, check: ClockCheck) -> StackState | None:
         """Carry a configuration out; a setting between two offered ones counts as the faster of them.
 
         Args:
             asked: The configuration.
             state: The stack as it was last seen; None when it was not.
+            check: The lock as it was last seen.
 
         Returns:
             The stack afterwards, or ``state`` where it did not answer.
@@ -81,7 +83,7 @@ class Hands:
             return state
         asked = self._faster(asked)
         if self._clocks.present:
-            self._hold_clock(asked.sm_clock_mhz)
+            self._hold_clock(asked.sm_clock_mhz, locked=check.asked_mhz is not None)
         self._cap_moved = True
         try:
             return self._stack.configure(
@@ -97,6 +99,7 @@ class Hands:
         """Lock the clocks. Raises HardwareError where that fails."""
         self._clocks_moved = True
         self._clocks.lock(sm_clock_mhz)
+        self._asked_mhz = sm_clock_mhz
 
     def move(self, *, batch_cap: int, tp_degree: int | None, lease_s: float) -> StackState:
         """Move the stack. Raises an RlgovError where that fails."""
@@ -122,6 +125,7 @@ class Hands:
 
     def restore_clocks(self) -> None:
         """Put back what was found before the first lock. Raises HardwareError where that fails."""
+        self._asked_mhz = None
         self._clocks.restore()
         self._clocks_moved = False
 
@@ -138,15 +142,17 @@ class Hands:
                 self._cap_moved = False
                 return
 
-    def _hold_clock(self, sm_clock_mhz: int) -> None:
+    def _hold_clock(self, sm_clock_mhz: int, *, locked: bool) -> None:
         """Lock, or renew the lease of a lock that is in force."""
         self._status.clock_error = None
         try:
-            if self._clocks_moved and self._clocks.check().asked_mhz == sm_clock_mhz:
+            # What is in force may differ from what was asked for: an administrator may have set a floor.
+            if locked and self._asked_mhz == sm_clock_mhz:
                 self._clocks.renew()
             else:
                 self.lock(sm_clock_mhz)
         except RlgovError as error:
+            self._asked_mhz = None
             self._status.clock_failed(error)
         else:
             self._status.clock_failures_in_a_row = 0

@@ -140,8 +140,7 @@ def setup_of(gpu: str) -> Setup:
         tasks=(CHAT,),
         sweep=False,
         all_reduce={row.tp_degree: row.bytes_per_s for row in base.all_reduce},
-        power_bounds={
-            "constant_w": (160.0, 100.0, 220.0),
+        power_bounds={  # constant_w runs to any bound, at little gain: it stays a prior
             "weight_j_per_byte": (1.2e-10, 1e-11, 4e-10),
             "kv_j_per_byte": (1.0e-10, 1e-11, 4e-10),
             "flop_j": (1.0e-12, 3e-13, 3e-12),
@@ -193,13 +192,22 @@ def measured_rows(calibration: Calibration, model: str) -> tuple[DecodeRow, ...]
 
 def refitted(base: Profile, calibration: Calibration) -> Profile:
     """A profile of the same card with what a calibration fitted, and the measured rows of its model."""
-    known = dict(base.parameters.items()) | _fitted(calibration, kernels=False)
+    fitted = {name: _widened(name, p) for name, p in _fitted(calibration, kernels=False).items()}
+    known = dict(base.parameters.items()) | fitted
     changes = {
         "parameters": Parameters.model_validate(known),
         "decode_rows": measured_rows(calibration, base.model.name),
         "description": f"{base.gpu.name} with {base.model.name}, fitted to {calibration.setup.source}",
     }
     return with_objective(Profile.model_validate(base.model_copy(update=changes).model_dump()))
+
+
+def _widened(name: str, known: Parameter) -> Parameter:
+    """The range no narrower than 5 % down and up: fits that all end at one bound agree by accident."""
+    low, high = (float(f"{known.value * share:.4g}") for share in (0.95, 1.05))
+    if name.endswith("_efficiency"):
+        high = min(high, 1.0)
+    return known.model_copy(update={"low": min(known.low, low), "high": max(known.high, high)})
 
 
 def with_objective(profile: Profile, slowdown: float = 5.0, prompt_tokens: int = 4096) -> Profile:

@@ -28,7 +28,7 @@ from rlgov.simulation.profile import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rlgov.simulation.cards import Card
     from rlgov.simulation.model import Model
@@ -55,7 +55,19 @@ _BY_TDP = frozenset(
 )  # watts, taken over as shares of TDP
 _PER_BYTE = frozenset({"weight_j_per_byte", "kv_j_per_byte"})
 _BUSY_OVER_IDLE = 1.2  # 1.3 on the H100
-_EXPERT_OVERHEAD = (1.1e-4, 7e-5, 1.85e-4)
+
+# Of the fits to ML.ENERGY's rows of mixtures of experts on H100 (`rlgov calibrate --report`): how unevenly
+# experts are chosen, the time of a layer, and what block-scaled fp8 adds to it.
+EXPERT_EVENNESS = 0.55
+_EXPERT_LAYER_S, _SCALED_LAYER_S = 9.6e-5, 7.3e-5
+_LAUNCH_S, _EXCHANGE_S = 5e-6, 1.5e-5  # of a collective; of a layer's exchange, each time the GPUs double
+_EXPERT_TIME = {"weight_efficiency": 0.87, "kv_efficiency": 0.9, "sequence_overhead_s": 4.8e-5}
+# Power of all models there, dense ones too, follows these. The part that goes with the clock is what is left
+# of 372 W at the highest clock: many small kernels keep the SMs busy whatever they read.
+_EXPERT_POWER = {"weight_j_per_byte": 4.5e-11, "kv_j_per_byte": 1.13e-10, "flop_j": 8.6e-13}
+_EXPERT_BASE_W = 372.0
+_EXPERT_SPREAD = 1.4
+_EXPERT_SOURCE = "ML.ENERGY rows of mixtures of experts on H100, fit across models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,9 @@ def create_profile(card: Card, model: Model, offer: Offer) -> Profile:
         ProfileError: The weights do not fit, or an asked TP degree is impossible; with the numbers.
     """
     gpu = card.gpu()
+    if model.experts is not None and model.experts.evenness is None:
+        uneven = model.experts.model_copy(update={"evenness": EXPERT_EVENNESS})
+        model = model.model_copy(update={"experts": uneven})
     degrees = _tp_degrees(card, gpu, model, offer.tp_degrees)
     name = (
         offer.name or f"{card.aliases[0] if card.aliases else gpu.name}-{model.name.split('/')[-1]}".lower()
@@ -206,14 +221,7 @@ def _parameters(card: Card, gpu: Gpu, model: Model, degrees: Sequence[int]) -> P
     found |= {name: Parameter(kind="prior", **prior.model_dump()) for name, prior in card.priors.items()}
     found |= _above_idle(found)
     if model.experts is not None:
-        value, low, high = _EXPERT_OVERHEAD
-        found["layer_overhead_s"] = Parameter(
-            value=value,
-            low=low,
-            high=high,
-            kind="prior",
-            source="calibration of ML.ENERGY rows: mixtures of experts on H100, 75 us more on several GPUs",
-        )
+        found |= _of_experts(found, base.gpu, gpu, model, degrees)
     share_bytes = model.weight_bytes / degrees[-1]
     found["wake_s"] = _stretched(
         0.2 + share_bytes / _WAKE_BYTES_PER_S, 0.5, 5.0, "assumed: weights from host memory at 40 GB/s a GPU"
@@ -225,6 +233,32 @@ def _parameters(card: Card, gpu: Gpu, model: Model, degrees: Sequence[int]) -> P
         "assumed: weights from disk at 2 GB/s, 30 s besides",
     )
     return Parameters.model_validate(found)
+
+
+def _of_experts(
+    found: Mapping[str, Parameter], base: Gpu, gpu: Gpu, model: Model, degrees: Sequence[int]
+) -> dict[str, Parameter]:
+    """What a mixture of experts does otherwise than the dense models that the base was fitted to."""
+    scaled = model.arithmetic == "fp8"
+    doublings = float(np.log2(degrees[0]))
+    values = {
+        **_EXPERT_TIME,
+        "layer_overhead_s": _EXPERT_LAYER_S + (_SCALED_LAYER_S if scaled else 0.0),
+        "all_reduce_latency_s": _LAUNCH_S + 0.5 * doublings * _EXCHANGE_S,  # two of them a layer
+        **_EXPERT_POWER,
+    }
+    values = {name: value * _scale(name, base, gpu)[0] for name, value in values.items()}
+    values["clocked_w"] = max(_EXPERT_BASE_W * gpu.tdp_w / base.tdp_w - found["constant_w"].value, 1.0)
+    return {
+        name: Parameter(
+            value=_four_digits(value),
+            low=_four_digits(value / _EXPERT_SPREAD),
+            high=_four_digits(min(value * _EXPERT_SPREAD, _MOST_SHARE if name in _SHARES else np.inf)),
+            kind="prior",
+            source=f"{_EXPERT_SOURCE}{_scale(name, base, gpu)[1]}",
+        )
+        for name, value in values.items()
+    }
 
 
 def _above_idle(found: dict[str, Parameter]) -> dict[str, Parameter]:

@@ -19,13 +19,14 @@ Arithmetic = Literal["bf16", "fp8", "fp4"]
 """Number format in which the matrix units multiply; weights of fewer bits may be widened first."""
 
 
-class Experts(Part):
+class Experts(GrownPart):
     """Routed experts of a mixture of experts. Shared ones count as dense weights: every token uses them."""
 
     count: Count  # routed experts of one layer
     per_token: Count  # of them, chosen for each token
     parameters: Positive  # of all routed experts in all layers
     bytes_per_weight: Positive
+    evenness: Positive | None = None  # shape of their gamma distributed popularity; None: all alike
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -36,8 +37,12 @@ class Experts(Part):
 
     def coverage(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of the experts that at least one of so many tokens chose, were all choices independent."""
-        missed = 1.0 - self.per_token / self.count
-        return np.asarray(1.0 - missed**tokens, dtype=np.float64)
+        chosen = self.per_token / self.count
+        if self.evenness is None:
+            return np.asarray(1.0 - (1.0 - chosen) ** tokens, dtype=np.float64)
+        # Choices of an expert are Poisson with a gamma distributed rate: none with this probability.
+        missed = (1.0 + chosen * tokens / self.evenness) ** -self.evenness
+        return np.asarray(1.0 - missed, dtype=np.float64)
 
 
 class LatentAttention(Part):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -139,6 +139,7 @@ class Group(RuleBasedStateMachine):
 TestGroup = Group.TestCase
 
 
+@settings(deadline=None)
 @given(interrupt_at=st.integers(0, 60), clocks_mhz=st.lists(st.sampled_from(SUPPORTED_MHZ), max_size=4))
 def test_ctrl_c_at_any_moment_leaves_what_was_found(interrupt_at: int, clocks_mhz: list[int]) -> None:
     port = FakePort(3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import select
@@ -84,6 +86,7 @@ def _serve(options: Options) -> int:
         driver.probe()  # after recovery: what it cannot set, it must not have left locked either
         listener = undo.enter_context(listen(options.socket, options.group))
         undo.callback(options.socket.unlink, missing_ok=True)
+        _give_back_memory()
         settings = options.settings
         status = (
             f"listening on {options.socket} for {len(driver.offers())} GPUs, locks from {settings.floor_mhz} "
@@ -100,6 +103,13 @@ def _serve(options: Options) -> int:
             _complain(f"could not restore {', '.join(keeper.restoring)}; the next start tries again")
             return EXIT_NOT_RESTORED
     return 0
+
+
+def _give_back_memory() -> None:
+    """What starting up took and is not needed any more."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # only the GNU library has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _restore_all(options: Options) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -130,6 +129,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: others than root and the keeper's user may write it; chown root and chmod go-w"
         )
+    import tomllib  # noqa: PLC0415  # a megabyte that a keeper without a file does not need
+
     try:
         content = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

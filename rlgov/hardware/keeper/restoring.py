@@ -93,6 +93,10 @@ class Restoration:
     def _put_back(self, gpu: GpuBook) -> Steps[Failure | None]:
         outcome = yield Claim(gpu.uuid)
         if not isinstance(outcome, Failure):
+            if gpu.confirmed:
+                # A keeper that dies after the next effect must not take it for somebody else's change.
+                gpu.confirmed = False
+                yield Save(gpu.saved(gpu.locked_mhz))
             if gpu.restore_mhz is None:
                 outcome = yield ResetLock(gpu.uuid)
             else:

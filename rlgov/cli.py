@@ -24,7 +24,19 @@ ENVIRONMENT_PREFIX = "RLGOV_"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 COMMANDS_WITH_SETTINGS = frozenset(
-    {"config", "demo", "train", "replay", "tune", "study", "export", "serve", "load"}
+    {
+        "config",
+        "demo",
+        "train",
+        "replay",
+        "tune",
+        "study",
+        "export",
+        "serve",
+        "govern",
+        "load",
+        "characterize",
+    }
 )
 TRAIN_MODULES = frozenset(
     {
@@ -57,6 +69,7 @@ _COMMANDS = (
     ("study", "study:study", "Set learned policies against every static setting and every tuned rule."),
     ("export", "export:export", "Turn a trained model into a bundle without pickle."),
     ("serve", "serve:serve", "Run vLLM behind a gateway that holds, caps and moves its requests."),
+    ("govern", "govern:govern", "Watch a deployment, show what a policy would do, or let it act."),
     ("load", "load:load", "Send a trace's requests to a running server, and measure its latencies."),
     (
         "characterize",

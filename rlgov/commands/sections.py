@@ -21,6 +21,7 @@ def sections() -> dict[str, type[BaseModel]]:
         StudySettings,
         TuneSettings,
     )
+    from rlgov.governor.settings import GovernSettings
 
     return {
         "demo": DemoSettings,
@@ -30,6 +31,7 @@ def sections() -> dict[str, type[BaseModel]]:
         "study": StudySettings,
         "export": ExportSettings,
         "serve": ServeSettings,
+        "govern": GovernSettings,
         "load": LoadSettings,
         "characterize": CharacterizeSettings,
     }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LOST = "GPU_IS_LOST"  # as NVML names it
 _ATTEMPTS = 3  # of what begins and ends an episode: against a hiccup, and an impatient Ctrl-C
 
 
@@ -117,6 +118,8 @@ class LiveDeployment:
         ]
         self.check = ClockCheck(None, ())
         """The lock against the measured clocks, at the end of the last window."""
+        self.lost_gpus: tuple[str, ...] = ()
+        """GPUs that fell off the bus, as of the last window, as far as reading them tells."""
 
     # ------------------------------------------------------------------ the deployment protocol
 
@@ -144,6 +147,11 @@ class LiveDeployment:
     def state(self) -> StackState | None:
         """The stack as of the last window; None when it did not answer."""
         return self._state
+
+    @property
+    def blind_because(self) -> str:
+        """Why the last window was blind; empty when it was not."""
+        return self._windows.blind_because
 
     def set_acting(self, acting: bool) -> None:  # noqa: FBT001  # a switch
         """Begin to carry configurations out, or stop: then all is given back at once, but the TP degree.
@@ -320,6 +328,7 @@ class LiveDeployment:
     def _observe(self) -> Window:
         status, clock = self.status, self._clock
         reading = self._meter.read()
+        self.lost_gpus = tuple(gpu.uuid for gpu in reading.gpus if _LOST in gpu.note)
         check = self.check = self._hands.check()
         status.unverified_clocks += not check.verified
         clock_mhz = check.asked_mhz or self._limits.sm_clocks_mhz[0]

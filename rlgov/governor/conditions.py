@@ -95,16 +95,22 @@ class Watcher:
         self._moments(facts, conditions)
         self._last = facts
 
+    def _has_restarted(self, facts: Facts) -> bool:
+        if "restart" in facts.blind_because:
+            return True
+        if facts.engine is None:
+            return False
+        before, self._engine = self._engine, facts.engine
+        return before is not None and before != facts.engine and before[0] == facts.engine[0]
+
     def _moments(self, facts: Facts, conditions: Conditions) -> None:
         last, now_s = self._last or facts, facts.now_s
-        if facts.engine is not None:
-            before, self._engine = self._engine, facts.engine
-            if before is not None and before != facts.engine and before[0] == facts.engine[0]:
-                conditions.happened(
-                    "EngineRestarted", Severity.INFO, now_s,
-                    "the engine restarted: its counters began anew, and that window was not used",
-                    "see the engine's log for why it ended, if that was not you",
-                )  # fmt: skip
+        if self._has_restarted(facts):
+            conditions.happened(
+                "EngineRestarted", Severity.INFO, now_s,
+                "the engine restarted: its counters began anew, and that window was not used",
+                "see the engine's log for why it ended, if that was not you",
+            )  # fmt: skip
         drift_s = (facts.wall_s - last.wall_s) - (now_s - last.now_s)
         if abs(drift_s) > WALL_JUMP_S:
             conditions.happened(

@@ -24,6 +24,7 @@ class Facts:
     clock_failures_in_a_row: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # since the start, by what failed and how
     unread_because: str = ""  # why the stack could not be read; empty when it could
+    blind_because: str = ""  # why the window is blind; empty when it is not
     stack_conditions: dict[str, str] = field(default_factory=dict)
     tp_refused: dict[int, str] = field(default_factory=dict)
     engine: tuple[int, str] | None = None  # TP degree and process of the engine that serves; None: not known

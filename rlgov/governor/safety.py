@@ -143,7 +143,7 @@ class Safety:
                 "ForeignWriter", Severity.CRITICAL, facts.now_s,
                 f"somebody else sets these clocks, and keeps them: {self._foreign}",
                 "find out who (nvidia-smi -lgc, DCGM, another governor); then arm the governor again: "
-                "POST /v1/rearm, or `rlgov status --rearm`",
+                "POST /v1/rearm, or `rlgov tell rearm`",
             )  # fmt: skip
         return bool(self._foreign)
 

@@ -4,7 +4,7 @@
            + launches x launch_s + expert layers x (expert_layer_s + log2(GPUs) x exchange_s)
            + block-scaled layers x scaled_layer_s + layers of eager attention x eager_layer_s
            + batch x (sequence_s + all-reduce by bandwidth)
-    host = host_s (host_long_s for reasoning outputs) + batch x host_sequence_s
+    host = host_long_s for reasoning outputs of one GPU + batch x host_sequence_s
     t    = (gpu^3 + host^3)^(1/3)
 
 Experts read are those of the GPU that holds most of the chosen ones, where experts are not equally popular:

@@ -40,7 +40,7 @@ class Shape:
     kernels: int  # launches of an iteration outside mixture-of-experts blocks, without collectives
     narrow_parameters: float = 0.0  # of the dense ones, multiplied in fp8
     experts: Experts | None = None
-    block_scaled: bool = False  # fp8 with a scale for each block: a quantisation before each matrix
+    block_scaled: bool = False  # fp8 whose inputs are quantised anew before each matrix of an expert layer
     eager_attention: bool = False  # chunked local attention, which vLLM keeps out of CUDA graphs
     window_tokens: float = field(default=float("inf"))
     window_share: float = 0.0  # of layers that look back only so far

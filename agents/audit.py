@@ -18,12 +18,14 @@ from rich.table import Table
 from rlgov.deployments.replayed import Audit, Outcome, ReplayedDeployment
 from rlgov.envs.guard import GuardSettings
 from rlgov.envs.serving_env import ServingEnv
-from rlgov.journal import observation_digest
+from rlgov.envs.watch import WatchSettings
+from rlgov.journal import GOVERNOR_MODE, observation_digest
 
 if TYPE_CHECKING:
     from rlgov.agents.policy import Policy
     from rlgov.journal import Journal
 
+_SHADOW = "shadow"
 AXES = ("sm_clock_mhz", "batch_cap", "tp_degree")
 
 
@@ -109,7 +111,14 @@ def audit_journal(journal: Journal, policy: Policy, *, guard: GuardSettings | No
         guard: Settings for policies that want a guard; the default ones if None.
     """
     deployment = ReplayedDeployment(journal)
-    env = ServingEnv(deployment, guard=(guard or GuardSettings()) if policy.guarded else None)
+    # What a governor wrote was held by its guard, which does more than training's.
+    mode = journal.header.versions.get(GOVERNOR_MODE)
+    env = ServingEnv(
+        deployment,
+        guard=(guard or GuardSettings()) if policy.guarded or mode is not None else None,
+        watch=None if mode is None else WatchSettings(),
+        follow=mode == _SHADOW,
+    )
     observation, info = env.reset(seed=0)
     policy.start(deployment.limits, 1)
     reasons: list[str] = []

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.deployments.base import Deployment
+    from rlgov.envs.watch import WatchSettings
     from rlgov.records import Configuration, Limits, Window
 
 _SEED_BOUND = 2**31 - 1
@@ -111,6 +112,9 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     Args:
         deployment: What is governed.
         guard: Settings of the guard; None for no guard (published rules run as published).
+        watch: What the guard adds in service; None for nothing. To audit what a governor decided.
+        follow: The guard goes by its own last decision in place of the settings in force, as it does where
+            nobody carries decisions out.
         reward_settings: Scales and bounds of the reward.
         reference: What the reward is relative to: one reference for all episodes, a function that gives
             it for an episode's deployment seed, or None for a nominal one. See :func:`measure_reference`.
@@ -131,6 +135,8 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         deployment: Deployment,
         *,
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008  # frozen
+        watch: WatchSettings | None = None,
+        follow: bool = False,
         reward_settings: RewardSettings = RewardSettings(),  # noqa: B008  # frozen
         reference: Reference | ReferenceOf | None = None,
         miss_weight: float = DEFAULT_MISS_WEIGHT,
@@ -142,6 +148,8 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.deployment = deployment
         self.miss_weight = miss_weight
         self._guard_settings = guard
+        self._watch_settings = watch
+        self._follow = follow
         self._reward_settings = reward_settings
         self._reference_given = reference
         self._reference = Reference.nominal(deployment.limits)
@@ -239,9 +247,10 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     def _adopt(self, limits: Limits) -> None:
         self._limits = limits
         self._encoder = ObservationEncoder(limits, 1)
-        self._guard: GuardLike = (
-            NullGuard(limits, 1) if self._guard_settings is None else Guard(self._guard_settings, limits, 1)
-        )
+        self._guard: GuardLike = NullGuard(limits, 1)
+        if self._guard_settings is not None:
+            watch, follow = self._watch_settings, self._follow
+            self._guard = Guard(self._guard_settings, limits, 1, watch=watch, follow=follow)
         level = limits.service_level
         self._service_levels = np.array([[level.ttft_s, level.tpot_s]])
 

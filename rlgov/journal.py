@@ -37,6 +37,8 @@ JOURNAL_SCHEMA: Final = 2
 """
 
 JOURNAL_SUFFIX: Final = ".jsonl"
+GOVERNOR_MODE: Final = "governor.mode"
+"""Among a header's versions where a governor wrote the journal: what it did with its decisions."""
 
 
 @dataclass(frozen=True, slots=True)

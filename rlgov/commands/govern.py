@@ -40,7 +40,7 @@ def govern(
     """Watch a deployment, show what a policy would do, or let it act: clock, batch cap and TP degree.
 
     Runs until a signal ends it, and then gives everything back: the clocks as they were found, the largest
-    batch cap. `rlgov status` shows what it does, `rlgov tell` takes orders, `rlgov report` says what was saved.
+    batch cap. `rlgov status` shows what it does, `rlgov tell` gives orders, `rlgov report` tells the saving.
 
     Args:
         policy: Bundle of a learned policy, or a baseline by name; as settings.policy.

@@ -208,6 +208,8 @@ class Core:
                 if isinstance(policy, FallbackPolicy) and np.isfinite(policy.probability[0]):
                     probability = float(policy.probability[0])
             asked = np.asarray(asked).reshape(1, 3)
+            if asked.dtype != np.int64:
+                asked = asked.astype(np.float64)  # the guard makes the fastest of what is no index
         except Exception as error:  # noqa: BLE001  # whatever a policy does, serving goes on
             self._failed = f"{type(error).__name__}: {error}"
             return np.full((1, 3), _GARBAGE, dtype=np.int64), None

@@ -13,7 +13,7 @@ from rlgov.errors import HardwareError, RlgovError
 from rlgov.governor.facts import Facts
 from rlgov.governor.journal import NoJournal
 from rlgov.governor.records import CommandKind, Mode
-from rlgov.journal import Header, Interval
+from rlgov.journal import GOVERNOR_MODE, Header, Interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rlgov.records import Window
 
 _RETRY_S: Final = 2.0
-MODE_KEY: Final = "governor.mode"
-"""In a journal's header, among the versions: shadow decisions are held by another guard when audited."""
 
 
 def no_orders() -> tuple[Command, ...]:
@@ -165,7 +163,7 @@ class Governor:
         episode = (self._core.episode, tick.mode)
         if episode != self._episode:
             self._episode = episode
-            versions = self._versions | {MODE_KEY: str(tick.mode), "governor.episode": str(episode[0])}
+            versions = self._versions | {GOVERNOR_MODE: str(tick.mode), "governor.episode": str(episode[0])}
             self._journal.begin(Header(self._deployment.limits, 0, self._policy_digest, versions))
         window = tick.window
         for request in self._deployment.take(window.start_s + window.duration_s):

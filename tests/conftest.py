@@ -10,12 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from tests.fakes.nvml import NvmlStub
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# How long an example takes says something about the machine's load, not about us.
+hypothesis.settings.register_profile("rlgov", deadline=None)
+hypothesis.settings.load_profile("rlgov")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # `make test &` in a script starts us with SIGINT ignored, as shells do for what runs in the background.

@@ -226,6 +226,14 @@ def limit_line(axes: Axes, value: float, text: str, *, vertical: bool = False) -
     axes.annotate(text, color=LIMIT_COLOUR, fontsize=8.0, **place)
 
 
+def span(values: Iterable[float]) -> str:
+    """Smallest and largest of some values in words, without digits after the point."""
+    known = [value for value in values if np.isfinite(value)]
+    low, high = f"{min(known):.0f}", f"{max(known):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def nothing(axes: Axes, text: str = "nothing known") -> None:
     """Say in an empty panel that it is empty."""
+    axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")

@@ -22,6 +22,7 @@ from rlgov.characterize.drawing import (
     numbers,
     shades,
     some,
+    span,
 )
 from rlgov.characterize.tables import clock_label
 
@@ -272,7 +273,7 @@ def _least_energy(here: pd.DataFrame) -> str:
     rows = _least_rows(here)
     if rows.empty:
         return "energy not known"
-    return f"least at {_range(rows['sm_clock_mhz'])} MHz"
+    return f"least at {span(rows['sm_clock_mhz'])} MHz"
 
 
 def _clock_finding(table: pd.DataFrame) -> str:
@@ -280,14 +281,9 @@ def _clock_finding(table: pd.DataFrame) -> str:
     if rows.empty:
         return "the highest clock was not measured"
     return (
-        f"least energy per token lies at {_range(rows['sm_clock_mhz'])} MHz, "
-        f"{_range(100.0 * rows['saved'])} % below that at {clock_label(_top(table))}"
+        f"least energy per token lies at {span(rows['sm_clock_mhz'])} MHz, "
+        f"{span(100.0 * rows['saved'])} % below that at {clock_label(_top(table))}"
     )
-
-
-def _range(values: pd.Series[float]) -> str:
-    low, high = f"{values.min():.0f}", f"{values.max():.0f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def _name_levels(axes: Axes, line: pd.DataFrame, measure: str, scale: float) -> None:
@@ -336,11 +332,16 @@ def _batch_finding(table: pd.DataFrame, clocks: pd.Series[float], clock: float, 
     if not found:
         return "too few loads to compare"
     degree, low, high, faster, later = found[-1]
+    at = clock_label(np.nan if clock < 0 else clock)
     word = "tokens/s" if results.level_name == "batch size" else "tokens/s (set by the load)"
     return (
-        f"from {results.level_name} {low:g} to {high:g}, TP {degree:g} gives {faster:.1f} times the {word} "
-        f"at {later:.1f} times the TPOT p99 ({clock_label(np.nan if clock < 0 else clock)})"
+        f"from {_at(results.level_name, f'{low:g} to {high:g}')}, TP {degree:g} gives "
+        f"{faster:.1f} times the {word} at {later:.1f} times the TPOT p99 ({at})"
     )
+
+
+def _at(level_name: str, level: str) -> str:
+    return f"batch size {level}" if level_name == "batch size" else f"{level} {level_name}"
 
 
 def _parallel_finding(highest: pd.DataFrame, least: pd.DataFrame, level_name: str) -> str:
@@ -355,15 +356,18 @@ def _parallel_finding(highest: pd.DataFrame, least: pd.DataFrame, level_name: st
         return f"TP {small:g} and TP {large:g} share no load that both fill"
     level = levels[-1]
     found = []
+    clocks = (
+        [] if np.isnan(_top(highest)) else [(least, "j_per_output_token", "times each at its best clock")]
+    )
     for table, measure, words in (
         (highest, "j_per_output_token", "times the energy per token"),
-        (least, "j_per_output_token", "times each at its best clock"),
+        *clocks,
         (highest, "tpot_p99_s", "times the TPOT p99"),
     ):
         at = table[table["level"] == level].drop_duplicates("tp_degree").set_index("tp_degree")[measure]
         ratio = float(at.get(large, np.nan)) / float(at.get(small, np.nan))
         if np.isfinite(ratio):
             found.append(f"{ratio:.2f} {words}")
-    return f"TP {large:g} against TP {small:g} at {level_name} {level:g}: " + (
+    return f"TP {large:g} against TP {small:g} at {_at(level_name, f'{level:g}')}: " + (
         ", ".join(found) or "nothing to compare"
     )

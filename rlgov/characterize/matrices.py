@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from rlgov.characterize.drawing import STYLE, Drawing, Gap, finish
+from rlgov.characterize.drawing import STYLE, Drawing, Gap, finish, span
 from rlgov.characterize.findings import COMPANIONS
 from rlgov.characterize.tables import clock_label
 
@@ -102,12 +102,13 @@ def correlations_figure(results: Results, table: pd.DataFrame) -> Drawing | Gap:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(_mappable(colormaps["PuOr"], 1.0, -1.0), ax=axes, shrink=0.9, pad=0.01)
-        bar.set_label("Spearman's rank correlation")
+        bar.set_label("Rank correlation")
         title = correlation_finding(table)
         finish(figure, title, results)
     caption = (
-        "Over all usable configurations at one workload and load: at 1 a configuration that uses more energy "
-        "per token always has more of the other, at -1 always less, at 0 the one says nothing of the other. "
+        "Spearman's rank correlation over all usable configurations at one workload and load: at 1 a "
+        "configuration that uses more energy per token always has more of the other, at -1 always less, at 0 "
+        "the one says nothing of the other. In the title: follows or opposes from 0.8, partly from 0.5. "
         "The median over the loads, and their range. Cost is GPUs held times seconds a token."
     )
     return Drawing(name, title, caption, figure)
@@ -116,22 +117,18 @@ def correlations_figure(results: Results, table: pd.DataFrame) -> Drawing | Gap:
 def correlation_finding(table: pd.DataFrame) -> str:
     """Which measures energy per token follows, by the median over workloads and loads."""
     medians = {name: float(table[name].median()) for name in COMPANIONS if table[name].notna().any()}
-    verbs: dict[str, list[str]] = {"follows": [], "follows in part": [], "does not follow": []}
+    verbs: dict[str, list[str]] = {}
     for name, rho in medians.items():
-        verb = (
-            "follows"
-            if abs(rho) >= FOLLOWS
-            else "follows in part"
-            if abs(rho) >= PARTLY
-            else "does not follow"
-        )
-        verbs[verb].append(f"{COMPANIONS[name].partition(' (')[0]} ({_signed(rho)})")
-    told = [f"{verb} {', '.join(names)}" for verb, names in verbs.items() if names]
+        verb = "does not follow"
+        if abs(rho) >= PARTLY:
+            verb = ("" if abs(rho) >= FOLLOWS else "partly ") + ("follows" if rho > 0 else "opposes")
+        verbs.setdefault(verb, []).append(f"{COMPANIONS[name].partition(' (')[0]} ({_signed(rho)})")
+    told = [f"{verb} {', '.join(names)}" for verb, names in verbs.items()]
     return "Energy per token " + "; it ".join(told)
 
 
 def _best_finding(told: Variety | None, saved: pd.Series[float]) -> str:
-    range_ = f"{100 * saved.min():.0f} to {100 * saved.max():.0f} %"
+    range_ = f"{span(100 * saved)} %"
     if told is None:
         return f"In the only case the best setting saves {100 * saved.max():.0f} % against the highest"
     if told.distinct == 1:
@@ -151,7 +148,7 @@ def _cell(axes: Axes, at: tuple[int, int], row: Any, share: float, most: float, 
     _rectangle(axes, at, colormaps["viridis_r"](level))
     clock = clock_label(row.sm_clock_mhz).replace("clock not locked", "no lock")
     setting = f"TP {row.tp_degree:.0f}" + (f", cap {row.batch_cap:.0f}" if caps else "")
-    text = f"{clock}\n{setting}\n{-100 * share:+.0f} %".replace("-", "−")  # noqa: RUF001  # a minus sign is as wide as the plus
+    text = f"{clock}\n{setting}\n{round(-100 * share):+d} %".replace("+0 %", "0 %").replace("-", "−")  # noqa: RUF001  # a minus sign is as wide as the plus
     axes.text(
         *at, text, ha="center", va="center", fontsize=8.0, color="white" if level > _DARK else "black"
     )  # fmt: skip
@@ -165,7 +162,7 @@ def _correlation_cell(axes: Axes, at: tuple[int, int], values: NDArray[np.float6
     middle = float(np.median(values))
     _rectangle(axes, at, colormaps["PuOr"]((middle + 1.0) / 2.0))
     text = _signed(middle)
-    if values.size > 1:
+    if values.size > 1 and _signed(values.min()) != _signed(values.max()):
         text += f"\n{_signed(values.min())} to {_signed(values.max())}"
     axes.text(
         *at, text, ha="center", va="center", fontsize=8.0, color="white" if abs(middle) > _DARK else "black"

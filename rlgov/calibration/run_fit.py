@@ -25,7 +25,7 @@ from rlgov.errors import CalibrationError
 from rlgov.simulation.profile import Parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,6 +48,9 @@ _TIME_OFF, _POWER_OFF = 0.05, 0.08  # how far physics may be off at a batch size
 _KNOT_SPACING: Final = 1.25
 _DECODE_SHARE: Final = 0.5  # of an iteration's time at least: others say little about decode
 _EDGES: Final = {"voltage_knee": (0.3, 0.9), "voltage_at_max": (1.02, 1.8), "memory_knee": (0.1, 0.95)}
+_KINKED: Final = frozenset({"voltage_knee", "memory_knee"})
+"""A fit that starts at one side of a measured clock does not find its way to the other."""
+
 _SHARES: Final = frozenset({
     "weight_efficiency", "kv_efficiency", "gemm_mfu", "prefill_mfu", "attention_mfu", "memory_clocked_share",
     *CLOCK_TIME,
@@ -217,7 +220,7 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
     plain = found = _solve(problem, problem.names, _FIRST_NOISE, corrected=False)
     corrected = False
     if len(problem.knots) and _size(plain.residual) > _PLAIN_IS_ENOUGH:
-        closer = _solve(problem, problem.names, _FIRST_NOISE, corrected=True)
+        closer = _solve(problem, problem.names, _FIRST_NOISE, corrected=True, start=plain)
         # Otherwise it is noise that physics is off by, and corrections would follow it.
         corrected = _size(closer.residual) < _BETTER * _size(plain.residual)
         found = closer if corrected else plain
@@ -290,13 +293,8 @@ def _solve(
         relative = np.log(problem.predict(last[0][1], ratio)) - problem.measured
         return np.concatenate([relative * weight, z])
 
-    first = np.zeros(len(names) + knots)
-    if start is not None:
-        known = dict(zip(start.names, start.best.tolist(), strict=False))
-        first[: len(names)] = [known[n] for n in names]
-        if knots and len(start.best) > len(start.names):
-            first[len(names) :] = start.best[len(start.names) :]
-    first = np.clip(first, low + 1e-9, high - 1e-9)
+    starts = [np.clip(z, low + 1e-9, high - 1e-9) for z in _starts(names, knots, start)]
+    first = starts[0]
     rows = len(problem.measured)
     bad = int(np.sum(~np.isfinite(residual(first)[:rows])))
     if bad:
@@ -304,7 +302,10 @@ def _solve(
         raise CalibrationError(msg)
     if not len(first):
         return _Posterior((), first, np.zeros((0, 0)), residual(first)[:rows] / weight, frozenset())
-    result = least_squares(residual, first, bounds=(low, high), loss="soft_l1", f_scale=_OUTLIER)
+    results = [
+        least_squares(residual, z, bounds=(low, high), loss="soft_l1", f_scale=_OUTLIER) for z in starts
+    ]
+    result = min(results, key=lambda each: float(each.cost))
     jacobian = np.asarray(
         result.jac, dtype=np.float64
     )  # of the robust cost: rows of outliers are scaled down
@@ -316,6 +317,22 @@ def _solve(
         residual(result.x)[:rows] / weight,
         frozenset(n for n, at in zip(names, near.tolist(), strict=True) if at),
     )
+
+
+def _starts(names: Sequence[str], knots: int, start: _Posterior | None) -> Iterator[Floats]:
+    """Where to look from: an earlier fit, or the priors, kinked parameters at either side, too."""
+    first = np.zeros(len(names) + knots)
+    if start is not None:
+        known = dict(zip(start.names, start.best.tolist(), strict=False))
+        first[: len(names)] = [known[n] for n in names]
+        if knots and len(start.best) > len(start.names):
+            first[len(names) :] = start.best[len(start.names) :]
+        yield first
+        return
+    kinked = [i for i, name in enumerate(names) if name in _KINKED]
+    for side in (0.0, -1.0, 1.0) if kinked else (0.0,):
+        first[kinked] = side
+        yield first.copy()
 
 
 def _size(residual: Floats) -> float:

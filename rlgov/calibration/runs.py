@@ -7,7 +7,7 @@ and each by its size: that is what separates prefill from decode.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -87,6 +87,7 @@ def without_power(
 ) -> Observations:
     """Mean iterations of anything that tells no power, each a point of its own."""
     n = len(cells)
+    cells = replace(cells, point=np.arange(n, dtype=np.int64))
     nothing = np.full(n, np.nan)
     return Observations(
         names=tuple(names) or tuple(map(str, range(n))), means=cells, details=cells, busy_share=np.ones(n),

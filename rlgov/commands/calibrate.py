@@ -47,6 +47,9 @@ def calibrate(
     if out is None or out.suffix not in {".yaml", ".yml"}:
         msg = "say where the calibrated profile goes: --out NAME.yaml (or --report for the published fits)"
         raise CalibrationError(msg)
+    if profile is not None and out.exists() and Path(profile).exists() and out.samefile(profile):
+        msg = f"{out} is the base profile; choose another file with --out"
+        raise CalibrationError(msg)
     if not runs and published is None:
         msg = "there is nothing to calibrate from: name run folders of `rlgov characterize`, or --published"
         raise CalibrationError(msg)

@@ -245,7 +245,11 @@ class CharacterizeSettings(Settings):
     """Classes of lengths such as short-in/long-out (short, medium, long each way); all nine if neither these
     nor traces are given."""
     traces: tuple[str, ...] = ()
-    """Trace files or ``synthetic:NAME`` whose lengths are sent, too."""
+    """Trace files or ``synthetic:NAME`` whose lengths are sent, too; arrivals are those of the loop."""
+    trace_from_s: NonNegativeFloat = 0.0
+    """Where the slice of each trace starts, in seconds of its own time."""
+    trace_to_s: PositiveFloat | None = None
+    """Where the slice of each trace ends; the end of the trace if not given."""
     length_scale: PositiveFloat = 1.0
     """Multiplies the lengths of the classes, for models of a short context."""
     closed: bool = True
@@ -335,6 +339,8 @@ class LoadSettings(Settings):
     """Limit of the time to the first token, for the goodput."""
     slo_tpot_s: PositiveFloat = 0.075
     """Limit of the time per further token, for the goodput."""
+    end_with_input: bool = False
+    """End early when standard input ends: for a program that starts this one and may be killed."""
     cross_check: bool = False
     """Afterwards send the same requests with ``vllm bench serve``, and set both results side by side."""
     vllm_program: str = "vllm"

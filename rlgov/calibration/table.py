@@ -16,7 +16,6 @@ configuration whose clock cannot be set has no ``sm_clock_mhz``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -25,6 +24,7 @@ import pandas as pd
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from rlgov.calibration.durable import replace_file
 from rlgov.errors import CharacterizationError
 
 if TYPE_CHECKING:
@@ -161,6 +161,9 @@ class RunHeader:
     settings: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    """Programs at the beginning."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What else makes it this campaign and no other: digests of profile and lengths, the engine's version."""
     notes: tuple[str, ...] = ()
 
 
@@ -172,7 +175,7 @@ def write_header(folder: Path, header: RunHeader) -> None:
     """Write ``characterization.yml``, whole or not at all."""
     content = _HEADER.dump_python(header, mode="json")
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    _replace(folder / HEADER_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_file(folder / HEADER_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_header(folder: Path) -> RunHeader:
@@ -235,8 +238,8 @@ def write_points(folder: Path, points: pd.DataFrame) -> tuple[Path, Path]:
     """
     typed = _typed(points, POINTS, "points")
     parquet, csv = folder / POINTS_FILE, folder / POINTS_CSV
-    _replace(parquet, lambda part: typed.to_parquet(part, index=False))
-    _replace(csv, lambda part: typed.to_csv(part, index=False, lineterminator="\n"))
+    replace_file(parquet, lambda part: typed.to_parquet(part, index=False))
+    replace_file(csv, lambda part: typed.to_csv(part, index=False, lineterminator="\n"))
     return parquet, csv
 
 
@@ -272,7 +275,7 @@ def write_iterations(folder: Path, iterations: pd.DataFrame) -> Path:
     """Write ``iterations.parquet``, whole or not at all."""
     typed = _typed(iterations, ITERATIONS, "iterations")
     path = folder / ITERATIONS_FILE
-    _replace(path, lambda part: typed.to_parquet(part, index=False))
+    replace_file(path, lambda part: typed.to_parquet(part, index=False))
     return path
 
 
@@ -327,13 +330,3 @@ def _column(values: pd.Series[Any], column: ColumnSpec, where: str) -> pd.Series
         msg = f"{where}: row {row + 1} has an infinite {column.name}; leave out what is not known"
         raise CharacterizationError(msg)
     return typed
-
-
-def _replace(path: Path, write: Any) -> None:  # noqa: ANN401  # returns whatever a writer returns
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(part)
-        os.replace(part, path)  # noqa: PTH105  # atomic on one file system
-    finally:
-        part.unlink(missing_ok=True)

@@ -50,12 +50,21 @@ class Bench(Protocol):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What makes two deployments the same one to a campaign: model, limits, physics."""
+        """What makes two deployments the same one to a campaign: ``limits``, model, engine or physics."""
+        ...
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the programs that serve, besides our own."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results should know."""
+        ...
+
+    def most_tokens(self, tp_degree: int) -> int | None:
+        """Prompt and output tokens that a request may have together; None if that is not known."""
         ...
 
     def hold(self, task: Task, longest_s: float) -> Hold:

@@ -7,18 +7,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-import requests
-
 from rlgov.characterize.iterations import IterationSource, NoIterations, PluginIterations, StackIterations
 from rlgov.characterize.live import LOAD_FOLDER, LiveBench
 from rlgov.characterize.measure import Place
 from rlgov.characterize.meter_log import LoggedGpus
+from rlgov.characterize.server import ask_server
 from rlgov.characterize.simulated import SimulatedBench
 from rlgov.config import DEFAULT_PROFILE
 from rlgov.deployments.attached import PluginCap, attach_live
 from rlgov.deployments.live_open import open_gpus, open_live
 from rlgov.engine.control.client import StackClient
-from rlgov.errors import CharacterizationError, ConfigError
+from rlgov.errors import ConfigError
 from rlgov.records import Configuration, Limits, ServiceLevel
 from rlgov.simulation.profile import load_profile
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from rlgov.characterize.bench import Bench
+    from rlgov.characterize.server import Server
     from rlgov.characterize.workloads import Lengths
     from rlgov.clock import Clock
     from rlgov.config import CharacterizeSettings
@@ -99,6 +99,7 @@ def _open_live(
 ) -> Bench:
     with StackClient(settings.control, timeout_s=_ANSWER_S) as client:
         offer, state = client.limits(), client.state()
+    server = ask_server(settings.url, settings.api_key_env)
     gpus = _gpus(settings, hardware, offer.gpu_uuids, clock)
     undo.callback(gpus.close)
     supported = gpus.clocks.supported_mhz
@@ -113,7 +114,17 @@ def _open_live(
     undo.pop_all()
     notes = (f"live: TP switches by {offer.strategy}",)
     place = Place("live", offer.model, _gpu_name(gpus), measured_clock=gpus.present)
-    return _bench(deployment, gpus, iterations, place, notes, settings, workloads, clock)
+    return _bench(
+        deployment,
+        gpus,
+        iterations=iterations,
+        place=place,
+        notes=notes,
+        settings=settings,
+        workloads=workloads,
+        clock=clock,
+        server=server,
+    )
 
 
 def _open_attached(
@@ -150,22 +161,35 @@ def _open_attached(
         limits, batch_caps=tuple(cap for cap in limits.batch_caps if cap <= largest), tp_degrees=settings.tp,
         kv_capacity_tokens=(0,), switch_s=(0.0,), allotted_gpus=settings.tp[0],
     )  # fmt: skip
+    server = ask_server(settings.url, settings.api_key_env)
     deployment = attach_live(settings.url, limits, clock, tp_degree=settings.tp[0], gpus=gpus, token=token)
     undo.pop_all()
-    place = Place("attach", _first_model(settings), _gpu_name(gpus), measured_clock=gpus.present)
+    place = Place("attach", server.model, _gpu_name(gpus), measured_clock=gpus.present)
     notes = ("attach: tokens, queue and batch are as a metrics page tells them",)
-    return _bench(deployment, gpus, iterations, place, notes, settings, workloads, clock)
+    return _bench(
+        deployment,
+        gpus,
+        iterations=iterations,
+        place=place,
+        notes=notes,
+        settings=settings,
+        workloads=workloads,
+        clock=clock,
+        server=server,
+    )
 
 
-def _bench(
+def _bench(  # noqa: PLR0913  # the parts that both kinds of live deployment have
     deployment: LiveDeployment,
     gpus: LoggedGpus,
+    *,
     iterations: IterationSource,
     place: Place,
     notes: tuple[str, ...],
     settings: CharacterizeSettings,
     workloads: Mapping[str, Lengths],
     clock: Clock,
+    server: Server,
 ) -> Bench:
     flags: tuple[str, ...] = ("--vocabulary", str(settings.vocabulary))
     if settings.api_key_env is not None:
@@ -180,6 +204,8 @@ def _bench(
         seed=settings.seed,
         clock=clock,
         place=place,
+        versions=server.versions,
+        most_tokens=server.most_tokens,
         load_arguments=flags,
         switch_timeout_s=settings.switch_timeout_s,
         notes=notes,
@@ -240,17 +266,3 @@ def _token(settings: CharacterizeSettings) -> str | None:
         msg = f"environment variable {settings.token_env} is not set; put the plugin's token there"
         raise ConfigError(msg)
     return token
-
-
-def _first_model(settings: CharacterizeSettings) -> str:
-    key = os.environ.get(settings.api_key_env or "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    where = f"{settings.url.rstrip('/').removesuffix('/v1')}/v1/models"
-    try:
-        with requests.Session() as session:
-            session.trust_env = False  # no proxies and no credentials but ours
-            answer = session.get(where, headers=headers, timeout=_ANSWER_S, allow_redirects=False)
-        return str(answer.json()["data"][0]["id"])
-    except (requests.exceptions.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
-        msg = f"{where} does not tell its model ({error}); check that a vLLM server runs there"
-        raise CharacterizationError(msg) from error

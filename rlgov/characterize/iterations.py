@@ -9,6 +9,7 @@ import numpy as np
 import requests
 
 from rlgov.characterize.measure import RING_COLUMNS
+from rlgov.engine.plugin.counters import ROWS_PER_ANSWER
 from rlgov.engine.samples import EngineIterations
 from rlgov.errors import DeploymentError, RlgovError
 
@@ -88,8 +89,11 @@ class _Ring:
         self._rows: list[tuple[float, ...]] = []
         self._dropped = 0
 
-    def add(self, answer: EngineIterations) -> int:
-        """Note an answer; returns how many rows were new."""
+    def add(self, answer: EngineIterations) -> bool:
+        """Note an answer; returns whether there is more to ask for at once.
+
+        A busy engine has always gone on meanwhile: only an answer that is full means that more was there.
+        """
         if answer.engine_id != self.engine_id:
             self.engine_id = answer.engine_id
             self._rows.clear()
@@ -98,7 +102,7 @@ class _Ring:
         self._rows += [tuple(row[i] for i in order) for row in answer.rows]
         self._dropped += answer.dropped
         self.cursor = answer.cursor
-        return len(answer.rows)
+        return len(answer.rows) >= ROWS_PER_ANSWER
 
     def clear(self) -> None:
         """Forget the rows, keep the cursor."""

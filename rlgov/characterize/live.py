@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +44,7 @@ _FIRST_REQUEST_S: Final = 60.0  # a process is started for every point, on a mac
 _SETTLE_S: Final = 30.0  # for a cap to be in force
 _LEAST_CLOSED: Final = 1000  # requests of a closed loop, which goes round
 _ROUNDS: Final = 20
+_TOLD_ERRORS: Final = 2
 
 
 class LiveBench:
@@ -57,6 +60,8 @@ class LiveBench:
         seed: Of the campaign.
         clock: The deployment's.
         place: What goes into every row.
+        versions: Of the engine; another one is another campaign.
+        most_tokens: That a request may have, None if the server does not tell.
         load_arguments: More flags of ``rlgov load``.
         switch_timeout_s: Longest wait for a TP switch.
     """
@@ -74,10 +79,14 @@ class LiveBench:
         clock: Clock,
         place: Place,
         load_arguments: tuple[str, ...] = (),
+        versions: Mapping[str, str] | None = None,
+        most_tokens: int | None = None,
         switch_timeout_s: float = 900.0,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.place = place
+        self.versions = dict(versions or {})
+        self._most_tokens = most_tokens
         self._notes = notes
         self._deployment = deployment
         self._gpus = gpus
@@ -109,11 +118,15 @@ class LiveBench:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Model and axes; what is measured anew at every start (KV capacity, switch times) left out."""
+        """Model, axes and engine, without what each start measures anew (KV capacity, switch times)."""
         limits = asdict(self.limits)
         for name in ("kv_capacity_tokens", "switch_s"):
             del limits[name]
-        return {"model": self.place.model, "gpu": self.place.gpu, "limits": limits}
+        return {"model": self.place.model, "gpu": self.place.gpu, "limits": limits, **self.versions}
+
+    def most_tokens(self, tp_degree: int) -> int | None:  # noqa: ARG002  # vLLM's limit is the same at each
+        """The model's longest sequence, as the server tells it."""
+        return self._most_tokens
 
     def hold(self, task: Task, longest_s: float) -> LiveHold:
         """Bring the deployment to a point, then start the load.
@@ -138,6 +151,7 @@ class LiveBench:
         else:
             trace = open_requests(lengths, point.rate_per_s or 0.0, longest_s, seed)
         folder = self._out / f"{point.point_id}-{task.repeat}"
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
         load = LoadProcess(self._url, trace, folder, arguments=flags)
         load.start(seed[-1] % 2**32)
         return LiveHold(self, load, folder, asked, point)
@@ -263,14 +277,16 @@ class LiveHold:
         self._load.stop()
         span = (self._axis_s + begin_s, self._axis_s + end_s)
         metered = self._bench.gpus.between(*span, self._bench.iterations.gpu_uuids)
+        requests, errors = read_requests(self._folder / "episode-0", self._axis_s)
         return Evidence(
-            requests=read_requests(self._folder / "episode-0", self._axis_s),
+            requests=requests,
             iterations=None if told is None else told.rows,
             energy_j=metered.energy_j,
             energy_error=None if metered.energy_j is None else ENERGY_RESOLUTION_S / (end_s - begin_s),
             measured_gpus=metered.gpus or self._point.tp_degree,
             throttle_reasons=metered.throttle_reasons,
             iterations_dropped=0 if told is None else told.dropped,
+            errors=errors,
         )
 
     def close(self) -> None:
@@ -290,8 +306,8 @@ class LiveHold:
         return window
 
 
-def read_requests(folder: Path, axis_s: float) -> Requests:
-    """What ``rlgov load`` wrote about its requests, on the windows' axis.
+def read_requests(folder: Path, axis_s: float) -> tuple[Requests, tuple[str, ...]]:
+    """What ``rlgov load`` wrote of its requests, on the windows' axis, and their most frequent errors.
 
     Requests that were under way when the load was ended count as not finished.
 
@@ -318,7 +334,7 @@ def read_requests(folder: Path, axis_s: float) -> Requests:
     failed = ~complete & ~cancelled
     # What failed without an answer ended when it was sent, for want of a better time.
     finish_s = np.where(failed & np.isnan(finish_s), sent_s, finish_s)
-    return Requests(
+    requests = Requests(
         sent_s,
         column("first_token_s", at=offset_s),
         np.where(cancelled, math.nan, finish_s),
@@ -326,3 +342,5 @@ def read_requests(folder: Path, axis_s: float) -> Requests:
         column("output_tokens"),
         failed,
     )
+    errors = Counter(row["error"] for row in rows if row["error"])
+    return requests, tuple(error for error, _ in errors.most_common(_TOLD_ERRORS))

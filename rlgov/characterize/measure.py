@@ -64,6 +64,7 @@ class Evidence:
     measured_gpus: int  # that the energy is of
     throttle_reasons: frozenset[str]
     iterations_dropped: int = 0  # rows the engine forgot before they were asked for
+    errors: tuple[str, ...] = ()  # what requests failed with, the most frequent first
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ import numpy as np
 
 from rlgov.characterize.measure import Evidence, Place, Requests, closed_loop_sent_s
 from rlgov.characterize.workloads import closed_requests, open_requests
-from rlgov.errors import CharacterizationError
 from rlgov.records import Window
 from rlgov.simulation.batch import SimulationBatch
 from rlgov.simulation.physics import build_tables
@@ -77,18 +76,20 @@ class SimulatedBench:
             "limits": asdict(self._limits),
         }
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Nothing else serves."""
+        return {}
+
+    def most_tokens(self, tp_degree: int) -> int:
+        """What the KV cache holds."""
+        return self._limits.kv_capacity_tokens[self._limits.tp_degrees.index(tp_degree)]
+
     def hold(self, task: Task, longest_s: float) -> SimulatedHold:
         """Begin a point at time 0, empty."""
         point = task.point
         lengths = self._workloads[point.workload]
         tp_index = self._limits.tp_degrees.index(point.tp_degree)
-        room = self._limits.kv_capacity_tokens[tp_index]
-        if lengths.longest_tokens > room:
-            msg = (
-                f"{point.label}: its longest request takes {lengths.longest_tokens} tokens, the KV cache at "
-                f"TP {point.tp_degree} holds {room}; leave out this workload or this TP degree"
-            )
-            raise CharacterizationError(msg)
         cap = point.batch_cap if point.concurrency is None else min(point.batch_cap, point.concurrency)
         limits, batch = self._batch(cap)
         tables = replace(self._tables, allotted_gpus=point.tp_degree)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -14,16 +13,17 @@ from rlgov.commands.traces import open_trace
 from rlgov.config import CharacterizeSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from rlgov.characterize.campaign import Outcome
     from rlgov.characterize.workloads import Lengths
 
 DEFAULTS = CharacterizeSettings()
-_REPORT = "rlgov.characterize.report"
 
 
 def characterize(
-    *, settings: Annotated[CharacterizeSettings, Parameter(name="*")] = DEFAULTS, json: Json = False
+    *,
+    settings: Annotated[CharacterizeSettings, Parameter(name="*")] = DEFAULTS,
+    report_only: Path | None = None,
+    json: Json = False,
 ) -> None:
     """Measure a deployment at every combination of clock, batch cap, TP degree, lengths and load.
 
@@ -32,10 +32,26 @@ def characterize(
 
     Args:
         settings: What to measure, and on which deployment.
+        report_only: Measure nothing: write tables and report of this run folder, as far as it got.
         json: Report as JSON.
     """
+    from rlgov.characterize.campaign import gather, summary
+    from rlgov.characterize.report import write_characterization_report
+
+    outcome = _run(settings) if report_only is None else gather(report_only)
+    told = summary(outcome)
+    told["report"] = [str(path) for path in write_characterization_report(outcome.folder)]
+    if json:
+        put_json(told)
+        return
+    lists = {name: told.pop(name) for name in ("notes", "files", "report")}
+    put_fields("characterisation", {name: "-" if value is None else value for name, value in told.items()})
+    sys.stdout.writelines(f"{path}\n" for paths in lists.values() for path in paths)
+
+
+def _run(settings: CharacterizeSettings) -> Outcome:
     from rlgov.characterize.benches import open_bench
-    from rlgov.characterize.campaign import run_campaign, summary
+    from rlgov.characterize.campaign import run_campaign
     from rlgov.clock import SystemClock
     from rlgov.deployments.live import exit_on_sigterm
 
@@ -45,29 +61,20 @@ def characterize(
         bench = open_bench(settings, {lengths.name: lengths for lengths in workloads}, clock)
         try:
             with Progress() as progress:
-                outcome = run_campaign(settings, bench, workloads, clock, progress)
+                return run_campaign(settings, bench, workloads, clock, progress)
         finally:
             bench.close()
-    report = _write_report(settings.out)
-    told = summary(outcome) | {"report": [str(path) for path in report]}
-    if json:
-        put_json(told)
-        return
-    lists = {name: told.pop(name) for name in ("notes", "files", "report")}
-    put_fields("characterisation", {name: "-" if value is None else value for name, value in told.items()})
-    sys.stdout.writelines(f"{path}\n" for paths in lists.values() for path in paths)
 
 
 def _workloads(settings: CharacterizeSettings) -> list[Lengths]:
     from rlgov.characterize.workloads import CLASSES, TraceLengths, length_class
 
     names = settings.classes or (() if settings.traces else CLASSES)
-    classes = [length_class(name, settings.length_scale) for name in dict.fromkeys(names)]
-    return [*classes, *(TraceLengths(open_trace(name, seed=settings.seed)) for name in settings.traces)]
-
-
-def _write_report(folder: Path) -> list[Path]:
-    if importlib.util.find_spec(_REPORT) is None:
-        return []
-    written: list[Path] = importlib.import_module(_REPORT).write_characterization_report(folder)
-    return written
+    found: list[Lengths] = [length_class(name, settings.length_scale) for name in dict.fromkeys(names)]
+    from_s, to_s = settings.trace_from_s, settings.trace_to_s
+    for name in dict.fromkeys(settings.traces):
+        trace = open_trace(name, seed=settings.seed)
+        if from_s or to_s is not None:
+            trace = trace.slice(from_s, trace.duration_s if to_s is None else to_s)
+        found.append(TraceLengths(trace))
+    return found

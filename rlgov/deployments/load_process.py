@@ -63,8 +63,8 @@ class LoadProcess:
         with self._log.open("wb") as log:
             # In a session of its own: Ctrl-C at the terminal reaches the governor, which then stops this.
             self._process = subprocess.Popen(  # noqa: S603  # our own program
-                [*self._command, *self._flags, "--seed", str(seed), "--out", str(folder)],
-                stdin=subprocess.DEVNULL,
+                [*self._command, *self._flags, "--end-with-input", "--seed", str(seed), "--out", str(folder)],
+                stdin=subprocess.PIPE,  # ends when we do, even by SIGKILL
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -78,6 +78,7 @@ class LoadProcess:
         code = self._process.poll()
         if code is None:
             return False
+        _hang_up(self._process)
         if code not in {0, _NOT_ALL_SERVED}:
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARACTERS:].strip()
             msg = f"the load generator ended with code {code}; its log {self._log} says: {tail or 'nothing'}"
@@ -96,4 +97,10 @@ class LoadProcess:
             except subprocess.TimeoutExpired:
                 process.kill()
         process.wait()
+        _hang_up(process)
         self._process = None  # only now: an interrupted stop can be called again
+
+
+def _hang_up(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()

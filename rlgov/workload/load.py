@@ -12,9 +12,10 @@ import gc
 import os
 import resource
 import signal
+import sys
 import threading
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -103,7 +104,10 @@ def run_load_blocking(
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LoadResult:
-    """:func:`run_load` on a uvloop event loop of its own. SIGINT and SIGTERM end it early, with a result."""
+    """:func:`run_load` on a uvloop event loop of its own.
+
+    SIGINT and SIGTERM end it early, with a result; so does the end of standard input where that is asked for.
+    """
     import uvloop  # noqa: PLC0415  # of the live extra; who brings an event loop does without
 
     raise_file_limit()
@@ -115,14 +119,32 @@ def run_load_blocking(
         signals = (signal.SIGINT, signal.SIGTERM) if here else ()
         for number in signals:
             loop.add_signal_handler(number, stop.set)
-        try:
-            return await run_load(trace, settings, clock, progress=progress, stop=stop)
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+        with _at_end_of_input(loop, stop) if settings.end_with_input else nullcontext():
+            try:
+                return await run_load(trace, settings, clock, progress=progress, stop=stop)
+            finally:
+                for number in signals:
+                    loop.remove_signal_handler(number)
 
     with _short_pauses(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
+
+
+@contextmanager
+def _at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Iterator[None]:
+    """Sets ``stop`` when nobody holds the other end of standard input any more."""
+    handle = sys.stdin.fileno()
+
+    def read() -> None:
+        if not os.read(handle, 4096):
+            loop.remove_reader(handle)
+            stop.set()
+
+    loop.add_reader(handle, read)
+    try:
+        yield
+    finally:
+        loop.remove_reader(handle)
 
 
 @contextmanager

@@ -223,7 +223,8 @@ def test_one_folder_is_for_one_campaign_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_damaged_line_is_named_and_a_torn_one_cut_off(tmp_path: Path) -> None:
-    row = {"point_id": "a", "repeat": 0}
+    row = {"point_id": "a", "repeat": 0, "workload": "w", "mode": "closed", "batch_cap": 1, "tp_degree": 1}
+    row |= {"allotted_gpus": 1, "duration_s": 1.0, "steady": True, "model": "m", "source": "live"}
     with PointJournal(tmp_path) as journal:
         journal.add(row)
     path = tmp_path / JOURNAL_FILE
@@ -233,12 +234,17 @@ def test_a_damaged_line_is_named_and_a_torn_one_cut_off(tmp_path: Path) -> None:
         assert list(journal.rows) == [("a", 0)]
         journal.add(row | {"repeat": 1})
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
-    path.write_text('{"point_id": "a", "repeat": 0}\nrubbish\n', encoding="utf-8")
-    with pytest.raises(CharacterizationError, match=r"points\.jsonl:2: not a finished point"):
-        PointJournal(tmp_path)
-    path.write_text('["a", 0]\n', encoding="utf-8")
-    with pytest.raises(CharacterizationError, match="not a finished point"):
-        PointJournal(tmp_path)
+    first = path.read_text(encoding="utf-8").splitlines(keepends=True)[0]
+    for line, says in (
+        ("rubbish", "not a finished point"),
+        ('["a", 0]', "not a finished point"),
+        ('{"point_id": "b", "repeat": 0}', "has no workload"),
+        (first.strip().replace('"a"', '"b"').replace("1.0", '"long"'), "duration_s"),
+        (first.strip(), "point a has repeat 0 twice"),
+    ):
+        path.write_text(f"{first}{line}\n", encoding="utf-8")
+        with pytest.raises(CharacterizationError, match=rf"points\.jsonl:2: .*{says}"):
+            PointJournal(tmp_path)
 
 
 def test_ctrl_c_between_two_points_ends_with_what_is_finished(

@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rlgov.characterize.campaign import plan_points
 from rlgov.characterize.measure import RING_COLUMNS
 from rlgov.characterize.plan import Point, Task
 from rlgov.characterize.simulated import SimulatedBench
 from rlgov.characterize.workloads import length_class
+from rlgov.config import CharacterizeSettings
 from rlgov.errors import CharacterizationError
 from rlgov.records import Column
 from rlgov.simulation.batch import SimulationBatch
@@ -130,6 +132,6 @@ def test_an_open_loop_arrives_at_its_rate() -> None:
 
 def test_requests_that_do_not_fit_the_cache_are_refused_before() -> None:
     long = length_class("long-in/long-out", 200.0)
-    point = Point(long.name, long.identity, "closed", 8, None, 1980, 8, 1)
-    with pytest.raises(CharacterizationError, match="KV cache at TP 1 holds"):
-        SimulatedBench(PROFILE, {long.name: long}, 0).hold(Task(point, 0), 60.0)
+    settings = CharacterizeSettings(classes=(long.name,), caps=(8,))
+    with pytest.raises(CharacterizationError, match=r"at TP 1 one may take \d+; leave out"):
+        plan_points(settings, SimulatedBench(PROFILE, {long.name: long}, 0), [long])

@@ -119,18 +119,26 @@ def test_what_vllm_does_to_requests_it_gives_up_is_found_out(
     assert sum(report["summary"]["errors"].values()) == 4
 
 
+@pytest.mark.parametrize("parent_killed", [False, True])
 def test_an_interrupt_ends_the_run_and_still_writes_what_happened(
-    start_server: Callable[..., str], trace: Path, tmp_path: Path
+    parent_killed: bool,  # noqa: FBT001  # a parameter of the test
+    start_server: Callable[..., str],
+    trace: Path,
+    tmp_path: Path,
 ) -> None:
-    # A token takes a minute, so nothing but the interrupt can end the run.
+    # A token takes a minute, so nothing but the interrupt, or the end of its input, can end the run.
     url = start_server("--fake-token-ms", "60000")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "rlgov", "load", "--url", url, "--trace", str(trace), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--end-with-input"] * parent_killed
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     try:
         assert process.stderr is not None
         _wait_until_asked(url)
-        process.send_signal(signal.SIGINT)
+        if not parent_killed:
+            process.send_signal(signal.SIGINT)
+        # Closes its standard input, too.
         told, complaints = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()

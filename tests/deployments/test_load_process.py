@@ -63,7 +63,7 @@ def test_every_episode_plays_the_trace_with_its_own_seed_and_folder(tmp_path: Pa
         flags = (folder / "flags.txt").read_text().split("\n")
         assert flags == [
             "--url", "http://127.0.0.1:1", "--trace", str(tmp_path / "trace.csv"), "--some-missed",
-            "--seed", str(seed), "--out", str(folder),
+            "--end-with-input", "--seed", str(seed), "--out", str(folder),
         ]  # fmt: skip
     assert read_trace(tmp_path / "trace.csv").arrival_s.tolist() == TRACE.arrival_s.tolist()
     load.stop()

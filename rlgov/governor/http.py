@@ -36,6 +36,7 @@ LARGEST_HEAD_LINE_BYTES: Final = 4096
 MOST_CONNECTIONS: Final = 32
 CONNECTION_LIFE_S: Final = 10.0
 START_TIMEOUT_S: Final = 10.0
+_SETTLE_S: Final = 0.02
 _UNAVAILABLE: Final = 503
 
 
@@ -78,6 +79,9 @@ class _ModeOrder(_Strict):
 class _RearmOrder(_Strict):
     pass
 
+
+_QUIET: Final = logging.getLogger(f"{__name__}.clients")
+_QUIET.setLevel(logging.CRITICAL)  # what a client sends that is no HTTP is its own affair, not the log's
 
 OrderT = TypeVar("OrderT", _ModeOrder, _RearmOrder)
 
@@ -161,15 +165,26 @@ class SurfaceServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         runners: list[web.AppRunner] = []
         servers: list[asyncio.Server] = []
+        listening: list[_Limited] = []
         try:
             for address in self._asked:
                 runner = self._runner(_Access(isinstance(address, TcpAddress), self._token))
                 await runner.setup()
                 runners.append(runner)
-                servers.append(await self._listen(address, _Limited(runner)))
+                listening.append(_Limited(runner))
+                servers.append(await self._listen(address, listening[-1]))
             self._started.set()
             await self._stop.wait()
         finally:
+            # First nobody new; then those accepted just before get their protocol and are hung up on. Closing
+            # a server at once would leak a connection that asyncio has accepted and not yet wrapped.
+            for server in servers:
+                for listener in server.sockets:
+                    self._loop.remove_reader(listener.fileno())
+            await asyncio.sleep(_SETTLE_S)
+            for limited in listening:
+                limited.abort()
+            await asyncio.sleep(_SETTLE_S)
             for server in servers:
                 server.close()
             for runner in runners:
@@ -202,6 +217,7 @@ class SurfaceServer:
         return web.AppRunner(
             application,
             access_log=None,
+            logger=_QUIET,
             handle_signals=False,
             shutdown_timeout=0.5,
             keepalive_timeout=0.0,
@@ -223,14 +239,19 @@ class _Limited:
         if len(self._server.connections) >= MOST_CONNECTIONS:
             return _Refused()
         handler = self._server()
-
-        def expire() -> None:
-            transport = handler.transport
-            if transport is not None:
-                transport.abort()
-
-        asyncio.get_running_loop().call_later(CONNECTION_LIFE_S, expire)
+        asyncio.get_running_loop().call_later(CONNECTION_LIFE_S, _abort, handler)
         return handler
+
+    def abort(self) -> None:
+        """Hang up on everybody."""
+        for handler in self._server.connections:
+            _abort(handler)
+
+
+def _abort(handler: asyncio.Protocol) -> None:
+    transport = getattr(handler, "transport", None)
+    if isinstance(transport, asyncio.Transport):
+        transport.abort()
 
 
 class _Refused(asyncio.Protocol):

@@ -81,6 +81,7 @@ _COMMANDS = (
     ("tell", "status:tell", "Tell a running governor how far it may go, or to begin again."),
     ("report", "report:report", "What a governed run saved, or would have saved had it acted."),
     ("deploy", "deploy:deploy", "Unit files, manifests and a dashboard to run the governor in production."),
+    ("keeper", "keeper:keeper", "Lend GPU clocks to a governor, and take them back whatever happens to it."),
     ("doctor", "doctor:doctor", "What works on this machine, and what to do about what does not."),
 )
 _TRACE_COMMANDS = (
@@ -239,4 +240,7 @@ def _fail(message: str, code: int = EXIT_ERROR) -> int:
 
 def main() -> NoReturn:
     """Entry point of the ``rlgov`` program."""
+    if sys.argv[1:2] == ["keeper"]:
+        # In place of this process: it runs as root for months, and needs next to nothing of what is here.
+        os.execv(sys.executable, [sys.executable, "-m", "rlgov.hardware.keeper", *sys.argv[2:]])  # noqa: S606  # no shell is meant
     sys.exit(run())

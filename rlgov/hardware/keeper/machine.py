@@ -108,7 +108,11 @@ class LeaseMachine:
 
     def renew(self, client: int, now_s: float) -> Lease:
         """Start the lease's time to live anew. Raises Refused where there is none, with what became of it."""
-        lease = self._lease(client)
+        try:
+            lease = self._lease(client)
+        except Refused:
+            self._ended.pop(client, None)  # told; a new lock begins a new lease
+            raise
         lease.renew(now_s)
         return Lease(lease.uuids, lease.asked_mhz or 0, lease.ttl_s, lease.ttl_s)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 EXIT_ERROR: Final = 2
 EXIT_NOT_RESTORED: Final = 1
-_PATIENCE_S: Final = 10.0
+_PATIENCE_S: Final = 5.0
 _MOST_SAID_BYTES: Final = 1000
 
 

@@ -122,15 +122,23 @@ class Server:
 
     def run(self) -> None:
         """Serve until a signal says to stop; the clocks are still as they are then."""
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._signals.reader, selectors.EVENT_READ)
+        self.open()
         try:
             while not self._signals.received:
                 self.turn(self._pause_s())
         finally:
-            for connection in tuple(self._connections.values()):
-                self._close(connection)
-            self._selector.close()
+            self.close()
+
+    def open(self) -> None:
+        """Take up the work; then :meth:`turn` may be called."""
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._signals.reader, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        """End every connection, which restores what they held."""
+        for connection in tuple(self._connections.values()):
+            self._close(connection)
+        self._selector.close()
 
     def turn(self, pause_s: float) -> None:
         """Wait at most so long for something to happen, then do what there is to do, and no more."""

@@ -35,9 +35,12 @@ def test_a_lease_holds_while_it_is_renewed_and_ends_when_it_is_not() -> None:
     assert bench.locks_mhz() == (1200, 1200, None, None)
     bench.run(0.2)
     assert bench.locks_mhz() == (None,) * 4
+    assert refused(bench, 1, "check").code is Code.LEASE_LOST
     assert refused(bench, 1, "renew").code is Code.LEASE_LOST
-    assert refused(bench, 1, "lock", **wish()).code is Code.LEASE_LOST  # it is told, once, even so
-    assert bench.lock(1, PAIR, 1400).sm_clock_mhz == 1400
+    assert bench.lock(1, PAIR, 1400).sm_clock_mhz == 1400  # having been told, it may begin again
+    bench.run(3.1)
+    assert refused(bench, 1, "lock", **wish()).code is Code.LEASE_LOST
+    assert bench.lock(1, PAIR, 1200).sm_clock_mhz == 1200
 
 
 def test_a_client_that_goes_away_is_missed_at_once() -> None:

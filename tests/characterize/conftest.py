@@ -18,6 +18,7 @@ from rlgov.characterize.plan import Task
 from rlgov.characterize.workloads import length_class
 from rlgov.clock import VirtualClock
 from rlgov.config import CharacterizeSettings
+from rlgov.errors import EngineError
 from rlgov.records import Limits, ServiceLevel, Window
 
 FIELDS: dict[str, float | None] = dict.fromkeys(Window.__dataclass_fields__, 0.0)
@@ -40,6 +41,8 @@ class InstantBench:
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ("instant",)
     room_tokens: int | None = None
+    failures: int = 0
+    """So many attempts fail before the first one that does not."""
 
     def most_tokens(self, tp_degree: int) -> int | None:
         return self.room_tokens if tp_degree == 1 else None
@@ -47,6 +50,9 @@ class InstantBench:
     def hold(self, task: Task, longest_s: float) -> InstantHold:
         assert longest_s > 0
         self.measured.append(task.key)
+        if len(self.measured) <= self.failures:
+            msg = "the engine was just restarted"
+            raise EngineError(msg)
         return InstantHold(task)
 
     def rest(self, duration_s: float) -> None:

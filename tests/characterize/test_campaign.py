@@ -283,3 +283,56 @@ def test_ctrl_c_ends_the_program(repository: Path, tmp_path: Path) -> None:
             process.wait()
     with PointJournal(out) as journal:
         assert 2 <= len(journal.rows) == _lines(out / JOURNAL_FILE)
+
+
+def test_report_only_measures_nothing(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in (HEADER_FILE, JOURNAL_FILE):
+        (copied / name).write_bytes((whole / name).read_bytes())
+    assert cli.run(["characterize", "--report-only", str(copied), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["measured_now"], told["rows"], told["of"]) == (0, ROWS, ROWS)
+    assert (copied / "report.html").is_file()
+    assert all(Path(path).is_file() for path in [*told["files"], *told["report"]])
+    order = ["point_id", "repeat"]
+    pd.testing.assert_frame_equal(
+        read_points(copied).sort_values(order, ignore_index=True),
+        read_points(whole).sort_values(order, ignore_index=True),
+    )
+    assert cli.run(["characterize", "--report-only", str(tmp_path)]) == cli.EXIT_ERROR
+    assert "holds no characterization.yml" in capsys.readouterr().err
+
+
+def test_a_slice_of_a_trace_is_a_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out = tmp_path / "mine.csv", tmp_path / "run"
+    rows = [f"{second},{100 if second < 50 else 900},{20 if second < 50 else 80},0" for second in range(100)]
+    trace.write_text(
+        "\n".join(["arrival_s,prompt_tokens,output_tokens,prefix_hit_tokens", *rows]), encoding="utf-8"
+    )
+    arguments = ["--traces", str(trace), "--clocks", "1980", "--caps", "8", "--tp", "1", "--warm-up-s", "1"]
+    command = ["characterize", "--out", str(out), *arguments, "--measure-s", "20", "--trace-from-s", "50"]
+    assert cli.run(command) == 0
+    (point,) = read_points(out).to_dict("records")
+    assert point["workload"].startswith("trace:mine[50s-")
+    assert (point["prompt_tokens_mean"], point["output_tokens_mean"]) == (900.0, 80.0)
+    capsys.readouterr()
+    assert cli.run([*command, "--trace-to-s", "40"]) == cli.EXIT_ERROR
+    assert "0 <= from_s < to_s" in capsys.readouterr().err
+
+
+def test_settings_come_from_a_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text("characterize: {caps: [16], tp: [2], clocks: [1980], measure_s: 4}\n", encoding="utf-8")
+    monkeypatch.setenv("RLGOV_CHARACTERIZE_SEED", "7")
+    flags = ["--out", str(out), "--config", str(file), "--warm-up-s", "1", "--classes", "short-in/short-out"]
+    assert cli.run(["characterize", *flags]) == 0
+    (point,) = read_points(out).to_dict("records")
+    assert (point["batch_cap"], point["tp_degree"], read_header(out).seed) == (16, 2, 7)
+    file.write_text("characterize: {cap: [16]}\n", encoding="utf-8")
+    assert cli.run(["characterize", *flags]) == cli.EXIT_ERROR
+    assert "caps" in capsys.readouterr().err

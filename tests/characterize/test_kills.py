@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rlgov.calibration.table import JOURNAL_FILE, read_header, read_iterations, read_points
 from rlgov.characterize.campaign import Outcome, gather
-from rlgov.errors import CharacterizationError
+from rlgov.errors import CharacterizationError, EngineError
 
 if TYPE_CHECKING:
     from tests.characterize.conftest import Disk, InstantBench
@@ -184,3 +184,14 @@ def test_what_cannot_be_served_is_refused_before_the_first_point(
     with pytest.raises(CharacterizationError, match="takes 288 tokens, at TP 1 one may take 200"):
         run_instant(tmp_path / "run", make_bench(room_tokens=200))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_point_that_fails_is_tried_once_more(
+    run_instant: Run, make_bench: type[InstantBench], tmp_path: Path
+) -> None:
+    once = make_bench(failures=1)
+    assert run_instant(tmp_path / "once", once).measured == POINTS
+    assert once.measured[0] == once.measured[1]
+    with pytest.raises(EngineError, match="just restarted"):
+        run_instant(tmp_path / "twice", make_bench(failures=2))
+    assert run_instant(tmp_path / "twice", make_bench()).measured == POINTS

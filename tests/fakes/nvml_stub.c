@@ -248,6 +248,32 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **device)
 }
 
 int nvmlDeviceGetUUID(void *device, char *into, unsigned length) { ENTER_GPU(); return put_text(into, length, GPU->uuid); }
+
+typedef struct {
+    char bus_id_legacy[16];
+    unsigned domain, bus, device, device_id, subsystem_id;
+    char bus_id[32];
+} PciInfo;
+
+/* A GPU keeps its address whatever its index. */
+int nvmlDeviceGetPciInfo_v3(void *device, PciInfo *info)
+{
+    ENTER_GPU();
+    unsigned bus = 0x21u + 0x20u * (unsigned)number_of(device);
+    memset(info, 0, sizeof *info);
+    info->bus = bus;
+    snprintf(info->bus_id, sizeof info->bus_id, "00000000:%02X:00.0", bus);
+    return OK;
+}
+
+int nvmlDeviceGetIndex(void *device, unsigned *index)
+{
+    ENTER_GPU();
+    for (uint32_t i = 0; i < state->gpu_count; i++)
+        if (state->order[i] == (uint32_t)number_of(device)) { *index = i; return OK; }
+    return NOT_FOUND;
+}
+
 int nvmlDeviceGetName(void *device, char *into, unsigned length) { ENTER_GPU(); return put_text(into, length, GPU->name); }
 int nvmlDeviceGetArchitecture(void *device, unsigned *value) { ENTER_GPU(); *value = GPU->architecture; return OK; }
 int nvmlDeviceGetPersistenceMode(void *device, unsigned *value) { ENTER_GPU(); *value = GPU->persistence; return OK; }

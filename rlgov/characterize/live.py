@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
@@ -251,11 +252,7 @@ class LiveHold:
             until_s = self._bench.clock.monotonic_s() + _FIRST_REQUEST_S
             while window.blind or not (window.running_mean or window.running or window.served):
                 if self._bench.clock.monotonic_s() > until_s:
-                    msg = (
-                        f"{self._point.label}: no request ran within {_FIRST_REQUEST_S:g} s; see what the "
-                        f"load generator says in {self._folder}, and {self._bench.last_problem or 'the log'}"
-                    )
-                    raise CharacterizationError(msg)
+                    raise self._nothing_ran()
                 window = self._step()
             self._begun = True
         if not window.blind and (window.batch_cap, window.tp_degree) != (
@@ -292,6 +289,18 @@ class LiveHold:
     def close(self) -> None:
         """End the load; safe to call twice."""
         self._load.stop()
+
+    def _nothing_ran(self) -> CharacterizationError:
+        self._load.stop()
+        errors: tuple[str, ...] = ()
+        with suppress(CharacterizationError):  # it may have had no time to write anything
+            _, errors = read_requests(self._folder / "episode-0", self._axis_s)
+        why = "; ".join(errors) or self._bench.last_problem or "no reason was told"
+        return CharacterizationError(
+            f"{self._point.label}: no request ran within {_FIRST_REQUEST_S:g} s ({why}); see what the load "
+            f"generator says in {self._folder}, correct that, and run the same command again, it goes on "
+            "from here"
+        )
 
     def _step(self) -> Window:
         window = self._bench.step(self._asked)

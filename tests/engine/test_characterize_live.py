@@ -202,6 +202,27 @@ def test_a_foreign_engine_is_characterised(
         assert by_cap[16] > by_cap[4]
 
 
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("503", r"no request ran within 20 s \(.*503"), ("drop", r"none of \d+ requests was served \(")],
+)
+def test_a_point_without_a_served_request_is_an_error(
+    fault: str, says: str, start_fake: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlgov.characterize.live._FIRST_REQUEST_S", 20.0)
+    monkeypatch.setattr("rlgov.characterize.campaign.ATTEMPTS", 1)
+    faults = ("--fake-fault", f'requests="{fault}"', "--fake-fault", "count=1000000")
+    server = start_fake("--fake-token-ms", "2", "--max-num-seqs", "16", *faults)
+    out = tmp_path / "run"
+    settings = CharacterizeSettings(
+        out=out, deployment="attach", url=server.url, gpus=("none",), tp=(1,), caps=(16,), concurrency=(2,),
+        classes=("short-in/short-out",), length_scale=0.25, warm_up_s=0, measure_s=2, cool_down_s=0,
+    )  # fmt: skip
+    with pytest.raises(CharacterizationError, match=says):
+        _run(settings)
+    assert (out / JOURNAL_FILE).read_bytes() == b""
+
+
 def test_clocks_are_not_asked_for_where_none_can_be_set(
     start_fake: Callable[..., Any], tmp_path: Path
 ) -> None:

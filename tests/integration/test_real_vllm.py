@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rlgov.agents.audit import audit_journal
 from rlgov.agents.bundle import BundlePolicy, load_bundle
+from rlgov.calibration.table import read_header, read_iterations, read_points
 from rlgov.deployments.replayed import recorded_trace
 from rlgov.journal import read_journal
 from rlgov.workload.load_result import RequestResult, Verdict
@@ -175,6 +176,35 @@ def test_a_policy_from_the_simulator_governs_it_and_replays_equally(
     trace = recorded_trace(journal, "live")
     assert set(trace.output_tokens.tolist()) == {48}
     assert set(trace.prompt_tokens.tolist()) == {24}
+
+
+def test_it_is_characterised_and_the_iterations_add_up(stack: RunningStack, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "rlgov", "characterize", "--deployment", "live", "--control",
+        str(stack.control), "--url", stack.url, "--gpus", "none", "--tp", "1", "--caps", "16", "4",
+        "--classes", "short-in/short-out", "--length-scale", "0.25", "--concurrency", "8", "--vocabulary",
+        "256", "--warm-up-s", "1", "--measure-s", "4", "--cool-down-s", "0", "--out", str(out), "--json",
+    ]  # fmt: skip
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert (told["measured_now"], told["rows"], told["failed_requests"]) == (2, 2, 0)
+    iterations = read_iterations(out)
+    assert iterations is not None
+    running = {}
+    for point in read_points(out).to_dict("records"):
+        rows = iterations[iterations["point_id"] == point["point_id"]]
+        assert len(rows) == point["iterations"] > 0
+        assert point["served"] > 0
+        assert point["itl_p50_s"] > 0
+        running[point["batch_cap"]] = point["running_mean"]
+        assert rows["running"].max() <= min(point["batch_cap"], 8)
+        # As the engine counts them, and as its iterations do; a request's first token comes of its prompt.
+        tokens = rows["decode_tokens"].sum() + point["served"]
+        assert tokens == pytest.approx(point["generated_tokens"], rel=0.1, abs=32)
+    assert running[4] <= 4.01
+    assert running[4] < running[16] <= 8.01
+    assert read_header(out).versions["vllm"].startswith("0.32")
+    assert stack.client.state().batch_cap == 32  # given back
 
 
 def test_a_killed_engine_is_never_an_empty_success(

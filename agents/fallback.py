@@ -137,6 +137,11 @@ class FallbackPolicy:
         """The bundle's, for ``Decision.policy_digest``."""
         return self.learned.digest
 
+    def adapt(self, time_scale: float) -> None:
+        """Let the baseline predict times by this factor; the learned policy is left as it is."""
+        if isinstance(self.baseline, EcoFreqPolicy):
+            self.baseline.time_scale = time_scale
+
     def start_configuration(self, limits: Limits) -> Configuration:
         """The learned policy's."""
         return self.learned.start_configuration(limits)

@@ -55,6 +55,8 @@ class EcoFreqPolicy(ClockRule):
         )
         self.settings = settings
         self._tables = tables
+        self.time_scale = 1.0
+        """Every predicted time is multiplied by this: what adaptation has found of the deployment."""
         self._grid: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._capacity_tokens: NDArray[np.float64] = np.zeros(0)
         self._slowest = 0
@@ -107,13 +109,14 @@ class EcoFreqPolicy(ClockRule):
         compute_s = tables.decode_compute_s[at, batch] + tables.kv_compute_s[at] * context
         work_s = np.outer(memory_s, memory_scale) + np.outer(compute_s, compute_scale)
         decode_s = np.maximum(tables.host_s[at, None], work_s) + tables.decode_comm_s[at, batch, None]
+        decode_s *= self.time_scale
         # a prompt of P tokens attends to about P^2 / 2 pairs, P / 2 a token
         token_compute_s = tables.prefill_compute_s[at] + tables.attention_compute_s[at] * prompt_tokens / 2
         token_s = (
             np.outer(tables.prefill_memory_s[at], memory_scale)
             + np.outer(token_compute_s, compute_scale)
             + tables.prefill_comm_s[at, None]
-        )
+        ) * self.time_scale
         share = np.minimum(prefill_per_s[:, None] * token_s, PREFILL_SHARE_MAX)
         queue_tokens = np.nan_to_num(rows[:, Column.WAITING_TOKENS]) + prompt_tokens
         # the next request waits for the iteration in flight, then shares its own with the decodes

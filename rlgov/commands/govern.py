@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rlgov.clock import Clock
+    from rlgov.governor.adaptation_file import AdaptationFile
     from rlgov.governor.journal import Journal
     from rlgov.governor.listen import Address
     from rlgov.governor.opening import Opened
@@ -73,6 +74,9 @@ def govern(
             surface.start()
             journal = _journal(settings, clock)
             undo.callback(journal.close)
+            kept = _adaptation(opened, settings, clock)
+            if kept is not None:
+                undo.callback(kept.close)
             undo.callback(opened.deployment.close)  # before everything else: what was moved goes back first
             undo.callback(notifier.stopping)
             governor = Governor(
@@ -91,6 +95,8 @@ def govern(
             notifier.ready(f"{settings.mode}: {opened.governed.policy} on {opened.governed.target}")
             for tick in governor.run():
                 surface.publish(tick)
+                if kept is not None:
+                    kept.save()
     except _EndedError:
         return 0
     return 0
@@ -124,6 +130,18 @@ def _journal(settings: GovernSettings, clock: Clock) -> Journal:
         return NoJournal()
     files = RotatingFiles(settings.journal, settings.rotation)
     return ThreadedJournal(files, clock, settings.rotation)
+
+
+def _adaptation(opened: Opened, settings: GovernSettings, clock: Clock) -> AdaptationFile | None:
+    from rlgov.governor.adaptation_file import AdaptationFile
+
+    if opened.core.adaptation is None:
+        return None
+    kept = AdaptationFile(settings.adaptation_file, opened.core.adaptation, opened.adaptation_owner, clock)
+    kept.load()
+    if kept.problem:
+        sys.stderr.write(f"rlgov: {kept.problem}\n")
+    return kept
 
 
 def _say(opened: Opened, settings: GovernSettings, addresses: tuple[str, ...], *, json: bool) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlgov.agents.policy import Policy
+    from rlgov.governor.adaptation import Adaptation
     from rlgov.governor.facts import Facts
     from rlgov.governor.records import Command
     from rlgov.records import Configuration, Limits, Window
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 OBSERVED: Final = "OBSERVED"
 """The reason of a tick in which nothing decides."""
 
+_UNSOUND: Final = frozenset({Reason.BLIND, Reason.STALLED})
 _HAD_ITS_WAY: Final = frozenset({Reason.POLICY, Reason.IDLE})
 _GARBAGE: Final = -1  # an index that is none: the guard makes the fastest of it, and leaves TP alone
 
@@ -53,6 +55,7 @@ class Core:
         clocks: How clocks are set: keeper, direct, zeusd or none.
         forecast: Predicts what decisions save; None where there is no profile.
         forecast_error: Relative error of the profile's energies.
+        adaptation: Follows how far the deployment is from its profile; None: predictions are the profile's.
     """
 
     def __init__(  # noqa: PLR0913  # keyword arguments with defaults, each documented
@@ -68,6 +71,7 @@ class Core:
         clocks: str = "none",
         forecast: Forecast | None = None,
         forecast_error: float = 0.0,
+        adaptation: Adaptation | None = None,
     ) -> None:
         self.limits = limits
         self._policy = policy
@@ -78,6 +82,8 @@ class Core:
         self._clocks = clocks
         self._forecast = forecast
         self._forecast_error = forecast_error
+        self.adaptation = adaptation
+        """What it has found of the deployment; None where it is off."""
         self._reference = Reference.nominal(limits)
         level = limits.service_level
         self._levels = np.array([[level.ttft_s, level.tpot_s]])
@@ -137,6 +143,7 @@ class Core:
         baseline = fallback is not None and decision is not None and bool(fallback.fallen_back[0])
         score = None if fallback is None or decision is None else float(fallback.score[0])
         self._tell(facts, fallback if baseline else None)
+        self._adapt(window, facts, reason)
         return Tick(
             number=self._number,
             at_s=facts.now_s,
@@ -153,6 +160,7 @@ class Core:
             reward_terms=terms,
             prediction=None if decision is None else self._predict(window, decision.applied),
             overruns=facts.overruns,
+            adapted=None if self.adaptation is None else self.adaptation.told,
         )
 
     # ------------------------------------------------------------------ deciding
@@ -217,6 +225,27 @@ class Core:
 
     def _backoff_left_s(self) -> float:
         return 0.0 if self._guard.watch is None else float(self._guard.watch.backoff_left_s[0])
+
+    def _adapt(self, window: Window, facts: Facts, reason: Reason) -> None:
+        """From the next decision on, predictions follow what this window showed."""
+        adaptation = self.adaptation
+        if adaptation is None:
+            return
+        adaptation.look(window, facts, sound=reason not in _UNSOUND)
+        if isinstance(self._policy, FallbackPolicy):
+            self._policy.adapt(adaptation.scales.time)
+        told = adaptation.told
+        if told.drifting:
+            worst_one, more = told.drifting[0], len(told.drifting) - 1
+            at = worst_one.configuration
+            self._conditions.tell(
+                "ProfileDrift", Severity.WARNING, facts.now_s,
+                f"at {at.sm_clock_mhz} MHz, batch cap {at.batch_cap}, TP {at.tp_degree} an iteration takes "
+                f"{worst_one.time:.2f} times as long as the profile says, at {worst_one.power:.2f} times the "
+                f"power ({worst_one.samples} windows; {told.threshold:.0%} would be borne)"
+                + (f"; {more} more configurations are as far off" if more else ""),
+                adaptation.advice,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ what is told
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from rlgov.governor.health import Health
     from rlgov.governor.ledger import Totals
-    from rlgov.governor.records import Governed, Tick
+    from rlgov.governor.records import Adapted, Governed, Tick
     from rlgov.records import Configuration, Window
 
 PREFIX: Final = "rlgov_governor_"
@@ -226,6 +226,26 @@ def _of_tick(tick: Tick | None, governed: Governed) -> Iterator[Metric]:
         yield power
         yield _value("predicted_itl_seconds", "Gap between tokens by the profile's tables", predicted.itl_s)
         yield _value("prediction_error_ratio", "Stated error of the profile's energies", predicted.error)
+    if tick.adapted is not None:
+        yield from _adapted(tick.adapted)
+
+
+def _adapted(adapted: Adapted) -> Iterator[Metric]:
+    scale = _gauge("profile_scale_ratio", "Factors that predictions are multiplied by", ["quantity"])
+    scale.add_metric(["time"], adapted.time_scale)
+    scale.add_metric(["power"], adapted.power_scale)
+    yield scale
+    drift = _gauge(
+        "profile_drift_ratio",
+        "Measured over what the profile says, of the configuration that is farthest from it",
+        ["quantity"],
+    )
+    for farthest in adapted.configurations[:1]:
+        drift.add_metric(["time"], farthest.time)
+        drift.add_metric(["power"], farthest.power)
+    yield drift
+    yield _value("profile_drift_limit_ratio", "Share of the profile that drift begins at", adapted.threshold)
+    yield _value("profile_windows", "Windows that measured over predicted is known of", adapted.samples)
 
 
 def _configurations(tick: Tick) -> Iterator[Metric]:

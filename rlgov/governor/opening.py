@@ -16,6 +16,8 @@ from rlgov.deployments.attached import attach_live
 from rlgov.deployments.live_open import open_live
 from rlgov.engine.control.client import StackClient
 from rlgov.errors import BundleError, ConfigError
+from rlgov.governor.adaptation import Adaptation
+from rlgov.governor.adaptation_file import belongs_to
 from rlgov.governor.core import Core
 from rlgov.governor.fitting import mismatches
 from rlgov.governor.gpus import GovernedGpus, open_group
@@ -45,6 +47,8 @@ class Opened:
     gpus: GovernedGpus
     governed: Governed
     mismatches: tuple[str, ...]
+    adaptation_owner: str
+    """Of what adaptation finds: the profile and these GPUs."""
 
 
 def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
@@ -75,6 +79,12 @@ def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
             _refuse(settings, gpus, unfit, deployment)
         tables = build_tables(profile)
         policy = _policy(settings, bundle, PolicyContext(limits, tables))
+        forecast, error = Forecast(tables, limits), stated_error(profile)
+        adaptation = None
+        if settings.adapt:
+            adaptation = Adaptation(
+                settings.adaptation, limits, forecast, stated_error=error, advice=_advice(settings, profile)
+            )
         core = Core(
             limits,
             policy,
@@ -84,8 +94,9 @@ def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
             safety=settings.safety,
             mismatches=unfit,
             clocks=str(gpus.kind),
-            forecast=Forecast(tables, limits),
-            forecast_error=stated_error(profile),
+            forecast=forecast,
+            forecast_error=error,
+            adaptation=adaptation,
         )
         undo.pop_all()
     governed = Governed(
@@ -100,7 +111,22 @@ def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
         started_wall_s=clock.wall_s(),
         target=settings.attach or str(settings.control or DEFAULT_CONTROL),
     )
-    return Opened(deployment, core, gpus, governed, unfit)
+    owner = belongs_to(profile, governed.gpu_uuids)
+    return Opened(deployment, core, gpus, governed, unfit, owner)
+
+
+def _advice(settings: GovernSettings, profile: Profile) -> str:
+    """The commands that measure this deployment anew."""
+    if settings.attach is None:
+        where = f"--deployment live --control {settings.control or DEFAULT_CONTROL}"
+    else:
+        where = f"--deployment attach --url {settings.attach}"
+    name = settings.profile or profile.name
+    return (
+        "see first whether heat, a power limit or another tenant explains it; if it stays, measure anew at a "
+        f"quiet time: rlgov characterize {where} --profile {name} --out runs/characterize, then "
+        f"rlgov calibrate runs/characterize --profile {name} --out anew.yaml"
+    )
 
 
 def _bundle(policy: str | None) -> Bundle | None:

@@ -57,6 +57,9 @@ class PointMaker:
         predictions = [tick.prediction for tick in ticks if tick.prediction is not None]
         point["power/predicted_w"] = _mean(prediction.power_w for prediction in predictions)
         point["power/measured_over_predicted"] = _mean(power_residuals)
+        if ticks[-1].adapted is not None:
+            point["profile/time_scale"] = ticks[-1].adapted.time_scale
+            point["profile/power_scale"] = ticks[-1].adapted.power_scale
         return {tag: value for tag, value in point.items() if math.isfinite(value)}
 
     def _saving(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from rlgov.records import Decision, Limits, Window
+    from rlgov.records import Configuration, Decision, Limits, Window
 
 
 class Mode(StrEnum):
@@ -47,6 +47,7 @@ CONDITIONS: Final[tuple[str, ...]] = (
     "Overrun",
     "PermissionDenied",
     "PolicyFailed",
+    "ProfileDrift",
     "StackCondition",
     "StackUnreachable",
     "Throttled",
@@ -94,6 +95,28 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """How far one configuration is from the profile: medians of measured over predicted."""
+
+    configuration: Configuration
+    samples: int  # windows
+    time: float  # of the length of an iteration; 1 is a perfect profile
+    power: float  # of the GPUs' power, given how long iterations take
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What adaptation has found so far."""
+
+    time_scale: float = 1.0  # the factors that predictions are multiplied by
+    power_scale: float = 1.0
+    samples: int = 0  # windows that count
+    configurations: tuple[Drift, ...] = ()  # with enough of them, the farthest from the profile first
+    drifting: tuple[Drift, ...] = ()  # those too far from it
+    threshold: float = 0.0  # what is too far, as a share
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """One control interval: what was seen, what was decided, and what came of the last decision.
 
@@ -117,6 +140,7 @@ class Tick:
     prediction: Prediction | None = None
     decision_duration_s: float = 0.0
     overruns: int = 0  # intervals that took longer than they had, since the start
+    adapted: Adapted | None = None  # None: adaptation is off
 
 
 @dataclass(frozen=True, slots=True)

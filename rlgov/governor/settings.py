@@ -11,6 +11,7 @@ from rlgov.agents.fallback import FallbackSettings
 from rlgov.config import Settings
 from rlgov.envs.guard import GuardSettings
 from rlgov.envs.watch import WatchSettings
+from rlgov.governor.adaptation import AdaptationSettings
 from rlgov.governor.journal import RotationSettings
 from rlgov.governor.listen import DEFAULT_SOCKET
 from rlgov.governor.safety import SafetySettings
@@ -55,6 +56,11 @@ class GovernSettings(Settings):
     """File with the token that orders over TCP have to show."""
     tensorboard: Path | None = None
     """Folder for TensorBoard's events; none are written if not given."""
+    adapt: bool = False
+    """Let predictions follow what is measured: those of the savings, and of the baseline that stands in for a
+    policy. A deployment too far from its profile is told, with what to measure anew."""
+    adaptation_file: Path = Path("runs/govern/adaptation.json")
+    """With adapt: what was found, for the next run of this profile on these GPUs."""
     guard: GuardSettings = GuardSettings()
     """How tightly the policy is held; as in training, unless there is a reason."""
     watch: WatchSettings = WatchSettings()
@@ -63,6 +69,8 @@ class GovernSettings(Settings):
     """When the governor takes its hands off."""
     fallback: FallbackSettings = FallbackSettings()
     """When the baseline decides in the learned policy's place."""
+    adaptation: AdaptationSettings = AdaptationSettings()
+    """With adapt: how fast predictions follow, and how far is too far."""
     rotation: RotationSettings = RotationSettings()
     """How much of the journal is kept."""
 

@@ -39,6 +39,7 @@ def calibrate(
         report: Print every error of the fits to published measurements beside what was asked for.
         json: Report as JSON.
     """
+    from rlgov.calibration.durable import replace_file
     from rlgov.errors import CalibrationError
 
     if report:
@@ -79,8 +80,8 @@ def calibrate(
             "notes": list(observed.notes),
         }
     made = made.model_copy(update={"name": out.stem})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.to_yaml(), encoding="utf-8")
+    text = made.to_yaml()
+    replace_file(out, lambda part: part.write_text(text, encoding="utf-8"))
     told["decode_rows"] = len(made.decode_rows)
     told["range"] = "90 % of what the runs leave open" if runs else "fits without one of the models each"
     told["errors"] = [{"of": of, **_plain(asdict(e))} for of, e in errors]

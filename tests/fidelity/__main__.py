@@ -1,6 +1,6 @@
 """``python -m tests.fidelity``: a real vLLM on this machine's CPU against the simulator.
 
-A tiny model is served by vLLM, its iterations are calibrated from fixed lengths in closed loops, and then
+A tiny model is served by vLLM, its iterations are calibrated from closed loops, and then
 other traffic is sent at several loads and under several batch caps. The simulator gets the same traffic and
 the profile of the calibration. Prints how far TTFT, TPOT and E2E are apart, misses included.
 """

@@ -52,7 +52,7 @@ def calibrate(measured: Measured) -> Calibration:
     """Fit iterations and the frontend's constants to the calibration alone."""
     plan = measured.plan
     fit = fit_iterations(Iterations.joined([run.iterations(plan) for run in measured.holds]))
-    outside = np.concatenate([frontends(run, plan) for run in measured.holds if run.hold.concurrency == 1])
+    outside = np.concatenate([frontends(run, plan) for run in measured.holds if run.concurrency == 1])
     if not len(outside):
         msg = "the calibration has no request that was alone, so the time outside the engine is unknown"
         raise CalibrationError(msg)

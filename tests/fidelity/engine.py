@@ -25,12 +25,13 @@ from rlgov.workload.trace import Trace
 from tests.fakes.tiny_model import ARGUMENTS, Shape, write_tiny_model
 from tests.fidelity import machine
 from tests.fidelity.iterations import COLUMNS
-from tests.fidelity.plan import MAX_MODEL_LEN, VOCABULARY, Hold, Plan
+from tests.fidelity.plan import MAX_MODEL_LEN, VOCABULARY, Plan
 
 CLOCK = SystemClock()
 STOP_S = 20.0
 START_S = 600.0
 WORKER = "VLLM::Worker"
+ENGINE = "VLLM::Engine"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,6 @@ class Run:
 
     result: LoadResult
     rows: NDArray[np.float64]  # of the ring, in the order of COLUMNS
-    dropped: int
     others: float
 
 
@@ -106,24 +106,15 @@ class RealEngine:
                         f"rlgov's plugin does not govern this vLLM ({process.note}); `make vllm`"
                     )
                 pids = [one.pid for one in family(process.identity)]
-                with machine.set_apart(pids, worker=WORKER, realtime=realtime) as apart:
+                with machine.set_apart(pids, worker=WORKER, engine=ENGINE, realtime=realtime) as apart:
                     sample = runner.run(process.sample(START_S))
                     yield cls(process, runner, apart, sample.kv_capacity_tokens or 0)
             finally:
                 runner.run(process.stop(STOP_S))
 
-    def hold(self, hold: Hold, duration_s: float, seed: int) -> Run:
+    def hold(self, trace: Trace, concurrency: int, duration_s: float, seed: int) -> Run:
         """A closed loop for so long, with the cap open."""
-        count = 64
-        trace = Trace(
-            "hold",
-            np.linspace(0.0, 1.0, count),
-            np.full(count, hold.prompt_tokens),
-            np.full(count, hold.output_tokens),
-            np.zeros(count, dtype=np.int64),
-            1.0,
-        )
-        return self._run(trace, None, seed, concurrency=hold.concurrency, duration_s=duration_s)
+        return self._run(trace, None, seed, concurrency=concurrency, duration_s=duration_s)
 
     def replay(self, trace: Trace, batch_cap: int, seed: int) -> Run:
         """A trace at its times under a cap."""
@@ -157,7 +148,9 @@ class RealEngine:
                 f"{result.summary.errors}; see {self._process.spec.log_path}"
             )
         rows, dropped = self._rows()
-        return Run(result, rows, dropped, others)
+        if dropped and concurrency is not None:
+            raise EngineError(f"{dropped} iterations of the calibration are lost: make its loops shorter")
+        return Run(result, rows, others)
 
     def _rows(self) -> tuple[NDArray[np.float64], int]:
         found: list[tuple[float, ...]] = []

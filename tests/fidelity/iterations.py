@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from typing import Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 COLUMNS = ("t_s", "step_s", "running", "waiting", "prefill_tokens", "decode_tokens", "context_tokens")
+NEAR = 8
 IDLE_S = 0.002
 """A longer gap between two iterations means that there was nothing to do."""
 
@@ -29,8 +31,8 @@ class Iterations:
     wall_s: Floats
     decodes: Floats
     prefill_tokens: Floats
-    context_tokens: Floats  # of decodes; NaN where prompts were computed beside them
-    pairs: Floats  # (query, key) pairs of the prompts; NaN where chunks of prompts hide how many
+    context_tokens: Floats  # of decodes; NaN as below
+    pairs: Floats  # (query, key) pairs of the prompts; NaN where it is unclear which were computed
 
     def __len__(self) -> int:
         return len(self.wall_s)
@@ -46,42 +48,64 @@ class Iterations:
 
 
 def read_iterations(
-    rows: NDArray[np.float64], prompt_tokens: int | None = None, budget_tokens: int | None = None
+    rows: NDArray[np.float64], prompts: Sequence[int] = (), budget_tokens: int = 0
 ) -> Iterations:
     """Make sense of rows of the ring, in the order of :data:`COLUMNS`, of one run that began idle.
 
     Args:
         rows: shape (n, 7).
-        prompt_tokens: length of every prompt of the run, if all were alike. Then the contexts of decodes and
-            the pairs of prompts are known in iterations that computed whole prompts, too.
-        budget_tokens: the engine's limit of tokens an iteration; with it, a long prompt that was computed
-            alone and in chunks is understood as well.
+        prompts: lengths of all prompts of the run, in the order in which they were sent. The scheduler takes
+            first who comes first, so they tell which prompts an iteration computed, and what of them.
+        budget_tokens: the engine's limit of tokens an iteration.
     """
     t, step, _, _, prefill, decodes, context = rows.T
     gap = np.diff(t, prepend=t[0] - step[0] if len(t) else 0.0) - step
     usual = float(np.median(gap[gap < IDLE_S])) if (gap < IDLE_S).any() else 0.0
     wall = step + np.where(gap < IDLE_S, gap, usual)
-    pairs = np.where(prefill == 0, 0.0, np.nan)
+    line = _Line(list(prompts), budget_tokens)
+    parts = [line.take(int(p), int(d)) if p else (0.0, 0.0) for p, d in zip(prefill, decodes, strict=True)]
+    pairs, earlier = np.array(parts).reshape(-1, 2).T
     # The row counts the computed tokens, too; a decode attends to what was there before it.
-    before = np.where(prefill == 0, context - decodes, np.nan)
-    if prompt_tokens is not None:
-        whole, count = _whole_prompts(prefill, prompt_tokens)
-        pairs[whole] = count[whole] * _pairs(0, prompt_tokens)
-        before[whole] = context[whole] - decodes[whole] - prefill[whole]
-        if budget_tokens is not None and prompt_tokens > budget_tokens:
-            for i in np.flatnonzero((prefill > 0) & (decodes == 0)):
-                done = int(context[i] - prefill[i])
-                if done % budget_tokens == 0 and prefill[i] == min(budget_tokens, prompt_tokens - done):
-                    pairs[i], before[i] = _pairs(done, int(prefill[i])), 0.0
+    before = context - decodes - prefill - earlier
     return Iterations(t, step, wall, decodes, prefill, before, pairs)
 
 
-def _pairs(done: int, tokens: int) -> float:
-    return tokens * done + tokens * (tokens + 1) / 2.0
+class _Line:
+    """Prompts that wait to be computed."""
 
+    def __init__(self, prompts: list[int], budget_tokens: int) -> None:
+        self._prompts = prompts
+        self._budget_tokens = budget_tokens
+        self._done = 0  # tokens of the first one
 
-def _whole_prompts(prefill: Floats, prompt_tokens: int) -> tuple[NDArray[np.bool_], Floats]:
-    """Iterations that computed a number of whole prompts, none begun before them."""
-    done = np.cumsum(prefill)
-    whole = (prefill > 0) & (prefill % prompt_tokens == 0) & ((done - prefill) % prompt_tokens == 0)
-    return whole, prefill / prompt_tokens
+    def take(self, tokens: int, decodes: int) -> tuple[float, float]:
+        """Compute so many: their pairs, and tokens of their prompts computed before; NaN if unclear."""
+        count, done, pairs, earlier, left = 0, self._done, 0.0, 0.0, tokens
+        while left and count < len(self._prompts):
+            now = min(self._prompts[count] - done, left)
+            pairs += now * done + now * (now + 1) / 2.0
+            earlier += done
+            left -= now
+            done += now
+            if done == self._prompts[count]:
+                count, done = count + 1, 0
+        # Only the limit breaks a prompt off.
+        if not left and (not done or tokens + decodes >= self._budget_tokens):
+            del self._prompts[:count]
+            self._done = done
+            return pairs, earlier
+        return self._swapped(tokens)
+
+    def _swapped(self, tokens: int) -> tuple[float, float]:
+        """Requests sent at almost the same moment may have overtaken each other."""
+        if not self._done:
+            near = range(min(len(self._prompts), NEAR))
+            for size in range(1, len(near) + 1):
+                for some in combinations(near, size):
+                    lengths = [self._prompts[i] for i in some]
+                    if sum(lengths) == tokens:
+                        for i in reversed(some):
+                            del self._prompts[i]
+                        return sum(n * (n + 1) / 2.0 for n in lengths), 0.0
+        self._prompts.clear()  # lost for the rest of the run
+        return float("nan"), float("nan")

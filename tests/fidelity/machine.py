@@ -58,12 +58,16 @@ def name_of(pid: int) -> str:
 
 
 @contextmanager
-def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> Iterator[str]:
-    """Give the model's process a core of its own and the others the rest; before all others, where allowed.
+def set_apart(pids: Iterable[int], *, worker: str, engine: str, realtime: bool) -> Iterator[str]:
+    """Give the model a core of its own and the others the rest; before other programs, where allowed.
+
+    The engine's loop shares the model's core: the two take turns, and each of them spins while it waits for
+    the other, so on a core of its own it would only keep other programs from that core.
 
     Args:
         pids: Processes of the engine; this one is added, and put back when the block is left.
-        worker: Beginning of the name of the process that runs the model.
+        worker: Beginning of the name of the process that runs the model ...
+        engine: ... and of the one whose main thread is the engine's loop.
         realtime: Ask for real-time scheduling: ordinary programs then hardly disturb the measurement.
 
     Yields:
@@ -73,10 +77,11 @@ def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> Iterator[s
     model, rest = cores()
     refused = False
     for pid in {*pids, os.getpid()}:
-        mine = model if name_of(pid).startswith(worker) else rest
+        name = name_of(pid)
         for thread in _threads(pid):
+            loop = name.startswith(engine) and thread == pid
             try:
-                os.sched_setaffinity(thread, mine)
+                os.sched_setaffinity(thread, model if loop or name.startswith(worker) else rest)
                 if realtime and not refused:
                     os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(PRIORITY))
             except PermissionError:
@@ -87,7 +92,7 @@ def set_apart(pids: Iterable[int], *, worker: str, realtime: bool) -> Iterator[s
     if refused:
         kind += ": real time is not permitted here"
     try:
-        yield f"model on core {min(model)}, all else on {', '.join(map(str, sorted(rest)))}, {kind}"
+        yield f"model and loop on core {min(model)}, all else on {', '.join(map(str, sorted(rest)))}, {kind}"
     finally:
         for thread in _threads(os.getpid()):
             with suppress(ProcessLookupError):

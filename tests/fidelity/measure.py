@@ -15,9 +15,8 @@ from tests.fidelity.analyse import calibrate, rates_per_s
 from tests.fidelity.engine import RealEngine, Run
 from tests.fidelity.iterations import read_iterations
 from tests.fidelity.measured import CellRun, Disturbance, HoldRun, Measured, Request
-from tests.fidelity.plan import Hold, Plan
+from tests.fidelity.plan import Plan, fixed_trace
 
-CONTROL = Hold(1, 40, 48)
 CONTROL_S = 1.0
 Say = Callable[[str], None]
 
@@ -58,25 +57,25 @@ def measure(engine: RealEngine, plan: Plan, shape: Shape, say: Say) -> Measured:
 
 def lone_decode_s(engine: RealEngine) -> float:
     """Median time of an iteration that decodes one sequence: what tells whether the machine is as it was."""
-    rows = read_iterations(engine.hold(CONTROL, CONTROL_S, 0).rows)
+    trace = fixed_trace("control", np.full(64, 40), np.full(64, 48))
+    rows = read_iterations(engine.hold(trace, 1, CONTROL_S, 0).rows)
     return float(np.median(rows.wall_s[(rows.decodes == 1) & (rows.prefill_tokens == 0)]))
 
 
 def _calibration(engine: RealEngine, plan: Plan, say: Say) -> list[HoldRun]:
     found = []
-    for number, hold in enumerate(plan.holds()):
+    for concurrency in plan.concurrencies():
         for attempt in range(plan.retries + 1):
-            run = engine.hold(hold, plan.hold_s, plan.seed + number)
+            run = engine.hold(
+                plan.calibration(concurrency), concurrency, plan.hold_s, plan.seed + concurrency
+            )
             disturbance = Disturbance(run.others, 1.0, 0.0)
             if not disturbance.reasons() or attempt == plan.retries:
                 break
-        why = "; ".join(disturbance.reasons())
-        say(
-            f"calibration: {hold.concurrency} at a time, {hold.prompt_tokens} + {hold.output_tokens} tokens: "
-            f"{len(run.rows)} iterations, {why or 'undisturbed'}"
-        )
+        why = "; ".join(disturbance.reasons()) or "undisturbed"
+        say(f"calibration: {concurrency} at a time, {len(run.rows)} iterations, {why}")
         rows = [tuple(row) for row in run.rows.tolist()]
-        found.append(HoldRun(hold, rows, _requests(run.result), disturbance))
+        found.append(HoldRun(concurrency, rows, _requests(run.result), disturbance))
     return found
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from rlgov.workload.trace import Trace
 from tests.fidelity.compare import Latencies
 from tests.fidelity.iterations import Iterations, read_iterations
-from tests.fidelity.plan import Hold, Plan
+from tests.fidelity.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ MOST_LATE_S = 0.010
 class HoldRun:
     """A closed loop of the calibration. ``rows`` are the engine's iterations, as in the ring."""
 
-    hold: Hold
+    concurrency: int
     rows: list[tuple[float, ...]]
     requests: list[Request]
     disturbance: Disturbance
@@ -63,7 +63,8 @@ class HoldRun:
     def iterations(self, plan: Plan) -> Iterations:
         """Its iterations."""
         rows = np.array(self.rows, dtype=np.float64)
-        return read_iterations(rows, self.hold.prompt_tokens, plan.max_num_batched_tokens)
+        sent = sorted(self.requests, key=lambda request: request.intended_s)
+        return read_iterations(rows, [r.prompt_tokens for r in sent], plan.max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True)

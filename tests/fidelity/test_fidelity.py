@@ -17,7 +17,7 @@ from tests.fidelity.fit import IterationFit, fit_iterations
 from tests.fidelity.iterations import Floats, Iterations, read_iterations
 from tests.fidelity.machine import Usage
 from tests.fidelity.measured import CellRun, Disturbance, HoldRun, Measured, Request, frontends
-from tests.fidelity.plan import Hold, Plan
+from tests.fidelity.plan import Plan
 from tests.fidelity.profile import cpu_profile
 from tests.fidelity.report import write_report
 from tests.fidelity.simulate import Frontend, simulate
@@ -42,51 +42,51 @@ OUTSIDE = Frontend(before_s=0.002, first_s=0.001, last_s=0.0015)
 CALM = Disturbance(0.0, 1.0, 0.0)
 
 
-def _hold(hold: Hold, seed: int, requests: int = 60) -> HoldRun:
-    """What a hold would give were :data:`TRUTH` true: users in step, so that every iteration is known."""
-    rng = np.random.default_rng(seed)
+def _hold(concurrency: int, rounds: int = 40) -> HoldRun:
+    """What a closed loop would give were :data:`TRUTH` true; its users go in step, so each iteration is known."""
+    rng = np.random.default_rng(concurrency)
     now_s = 100.0
     rows: list[tuple[float, ...]] = []
     answered: list[Request] = []
-    size, budget = hold.concurrency, PLAN.max_num_batched_tokens
-    for _ in range(requests // size):
-        due_s, now_s = now_s, now_s + OUTSIDE.before_s
-        work, done = [], 0
-        while done < size * hold.prompt_tokens:
-            tokens = min(budget, size * hold.prompt_tokens - done)
-            work.append((0, tokens, done + tokens if size == 1 else tokens))
-            done += tokens
-        work += [(size, 0, size * (hold.prompt_tokens + k)) for k in range(1, hold.output_tokens)]
-        first_s = 0.0
-        for decodes, prefill, context in work:
-            pairs = _pairs(prefill, context, hold, size)
-            known = _iteration(decodes, context - decodes if not prefill else 0, prefill, pairs)
+    for _ in range(rounds):
+        prompts = rng.integers(8, 401, concurrency).tolist()
+        output = int(rng.integers(4, 60))
+        due_s, now_s, first_s = now_s, now_s + OUTSIDE.before_s, 0.0
+        left, done = list(prompts), 0
+        while left or output > 1:
+            prefill, pairs, earlier = 0, 0.0, 0.0
+            while left and prefill < PLAN.max_num_batched_tokens:
+                tokens = min(left[0] - done, PLAN.max_num_batched_tokens - prefill)
+                pairs += tokens * done + tokens * (tokens + 1) / 2
+                earlier += done
+                prefill, done = prefill + tokens, done + tokens
+                if done == left[0]:
+                    left, done = left[1:], 0
+            # Nobody decodes before all prompts are done: simpler than vLLM, and enough here.
+            decodes = 0 if prefill else concurrency
+            context = 0 if prefill else sum(prompts) + concurrency * 10
+            known = _iteration(decodes, context, prefill, pairs)
             step_s = float(TRUTH.predict_s(known)[0]) * float(rng.normal(1.0, 0.01))
             now_s += step_s
-            first_s = first_s or (now_s if prefill and context == hold.prompt_tokens else 0.0)
-            rows.append((now_s, step_s, float(size), 0.0, float(prefill), float(decodes), float(context)))
+            total = context + decodes + prefill + earlier
+            rows.append((now_s, step_s, concurrency, 0, prefill, decodes, total))
+            if prefill:
+                first_s = now_s
+            else:
+                output -= 1
         end_s = now_s + OUTSIDE.last_s
-        answered.append(
-            Request(due_s, first_s + OUTSIDE.first_s, end_s, hold.prompt_tokens, hold.output_tokens)
-        )
+        answered += [Request(due_s, first_s + OUTSIDE.first_s, end_s, prompt, 30) for prompt in prompts]
         now_s = end_s + 0.01
-    return HoldRun(hold, rows, answered, CALM)
+    return HoldRun(concurrency, rows, answered, CALM)
 
 
 def _iteration(decodes: float, context: float, prefill: float, pairs: float) -> Iterations:
     return Iterations(*(np.array([float(v)]) for v in (0, 0, 0, decodes, prefill, context, pairs)))
 
 
-def _pairs(prefill: int, context: int, hold: Hold, size: int) -> float:
-    if size == 1:
-        return prefill * (context - prefill) + prefill * (prefill + 1) / 2
-    return prefill / hold.prompt_tokens * hold.prompt_tokens * (hold.prompt_tokens + 1) / 2
-
-
 def _measured(*, slower: float = 1.0) -> Measured:
     """A whole measurement in which the engine is the simulator, its cells ``slower`` than its calibration."""
-    small = [h for h in PLAN.holds() if h.concurrency * h.prompt_tokens <= 512 or h.concurrency == 1]
-    holds = [_hold(hold, number) for number, hold in enumerate(small)]
+    holds = [_hold(concurrency) for concurrency in PLAN.concurrencies()]
     machine = {"processor": "none", "cores": "0", "apart": "", "load at the beginning": "0"}
     measured = Measured(machine, PLAN, asdict(SHAPE), 50_000, holds, [])
     profile = cpu_profile(TRUTH, SHAPE, PLAN, 50_000)
@@ -131,27 +131,35 @@ def test_the_time_between_two_iterations_counts_unless_there_was_nothing_to_do()
     np.testing.assert_allclose(found.context_tokens, [20, 21, 22, 23])
 
 
-def test_whole_prompts_of_one_length_are_understood_and_parts_are_not() -> None:
+def test_prompts_are_found_again_in_the_order_in_which_they_were_sent() -> None:
     rows = _rows(
-        (1.0, 0.1, 2, 0, 60, 0, 60),  # two of 30
-        (1.1, 0.1, 3, 0, 30, 2, 30 + 62),  # another beside two decodes
-        (1.2, 0.1, 4, 0, 20, 3, 20 + 94),  # a part
-        (1.3, 0.1, 4, 0, 10, 3, 30 + 97),  # the rest
-        (1.4, 0.1, 4, 0, 0, 4, 132),
+        (1.0, 0.1, 2, 0, 70, 0, 70),  # 30 and 40
+        (1.1, 0.1, 3, 0, 98, 2, 98 + 72),  # the first 98 of 120: with two decodes that is the limit
+        (1.2, 0.1, 4, 0, 72, 2, 120 + 50 + 74),  # the rest, and 50
+        (1.3, 0.1, 4, 0, 0, 4, 72 + 4 + 170),
     )
 
-    found = read_iterations(rows, prompt_tokens=30)
+    found = read_iterations(rows, prompts=[30, 40, 120, 50], budget_tokens=100)
 
-    np.testing.assert_allclose(found.pairs, [2 * 465, 465, np.nan, np.nan, 0])
-    np.testing.assert_allclose(found.context_tokens, [0, 60, np.nan, np.nan, 128])
+    np.testing.assert_allclose(found.pairs, [465 + 820, 98 * 99 / 2, 22 * 98 + 22 * 23 / 2 + 1275, 0])
+    np.testing.assert_allclose(found.context_tokens, [0, 70, 72, 242])
 
 
-def test_chunks_of_a_lone_long_prompt_are_understood() -> None:
-    rows = _rows((1.0, 0.1, 1, 0, 50, 0, 50), (1.1, 0.1, 1, 0, 20, 0, 70), (1.2, 0.1, 1, 0, 0, 1, 71))
+def test_requests_that_overtook_each_other_are_found_too() -> None:
+    rows = _rows((1.0, 0.1, 1, 0, 40, 0, 40), (1.1, 0.1, 3, 0, 50, 1, 91), (1.2, 0.1, 3, 0, 9, 3, 103))
 
-    found = read_iterations(rows, prompt_tokens=70, budget_tokens=50)
+    found = read_iterations(rows, prompts=[30, 40, 20, 9], budget_tokens=100)
 
-    np.testing.assert_allclose(found.pairs, [50 * 51 / 2, 20 * 50 + 20 * 21 / 2, 0])
+    np.testing.assert_allclose(found.pairs, [820, 465 + 210, 45])
+
+
+def test_prompts_that_were_never_sent_make_the_rest_unknown() -> None:
+    rows = _rows((1.0, 0.1, 1, 0, 41, 0, 41), (1.1, 0.1, 1, 0, 30, 0, 30), (1.2, 0.1, 1, 0, 0, 1, 31))
+
+    found = read_iterations(rows, prompts=[30, 40], budget_tokens=100)
+
+    np.testing.assert_allclose(found.pairs, [np.nan, np.nan, 0])
+    np.testing.assert_allclose(found.context_tokens, [np.nan, np.nan, 30])
 
 
 # Fit -----------------------------------------------------------------------------------------------
@@ -179,7 +187,7 @@ def test_stalled_iterations_do_not_move_the_fit(measured: Measured) -> None:
 
 
 def test_too_little_to_fit_is_said(measured: Measured) -> None:
-    lone = [run.iterations(PLAN) for run in measured.holds if run.hold.concurrency == 1]
+    lone = [run.iterations(PLAN) for run in measured.holds if run.concurrency == 1]
 
     with pytest.raises(CalibrationError, match="1 batch sizes"):
         fit_iterations(Iterations.joined(lone))
@@ -202,7 +210,7 @@ def test_the_profile_has_the_engines_room() -> None:
 
 
 def test_the_time_outside_the_engine_is_found(measured: Measured) -> None:
-    lone = next(run for run in measured.holds if run.hold == Hold(1, 40, 48))
+    lone = measured.holds[0]
 
     np.testing.assert_allclose(
         np.median(frontends(lone, PLAN), axis=0),
@@ -284,7 +292,7 @@ def test_calibration_and_comparison_draw_different_traffic() -> None:
 
     assert not np.array_equal(first.prompt_tokens[:20], second.prompt_tokens[:20])
     assert PLAN.trace(5.0, 0).arrival_s.tolist() == first.arrival_s.tolist()
-    assert len(set(first.prompt_tokens.tolist())) > len({h.prompt_tokens for h in PLAN.holds()})
+    assert not np.array_equal(first.prompt_tokens[:20], PLAN.calibration(1).prompt_tokens[:20])
 
 
 # Machine and command -------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ _LEAST_NOISE, _MOST_NOISE = 0.001, 0.1  # no mean iteration is known better; wor
 _OUTLIER: Final = 3.0  # standard deviations from which a row counts linearly
 _NARROWED: Final = 0.5  # of the prior's: a posterior deviation above it tells nothing new
 _PLAIN_IS_ENOUGH: Final = 0.01  # relative: physics that is off by less needs no corrections
+_CORRECTIONS: Final = "what physics lacks at the measured batch sizes"
 _BETTER: Final = 0.9  # of the residual left: less of a gain is no reason to correct
 _TIME_OFF, _POWER_OFF = 0.05, 0.08  # how far physics may be off at a batch size, one standard deviation
 _KNOT_SPACING: Final = 1.25
@@ -226,7 +227,10 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
         found = closer if corrected else plain
     noise = _noise(found.residual)
     found = _solve(problem, problem.names, noise, corrected=corrected, start=found)
-    left, deviation = _narrowed(found, kept)
+    # Where physics is off, how to mend it is one more thing that is not known.
+    moved = np.abs(plain.best - found.best[: len(plain.best)]) if corrected else np.zeros(len(plain.best))
+    form = dict(zip(problem.names, (moved / _DEVIATES).tolist(), strict=True))
+    left, deviation = _narrowed(found, form, kept)
     final = found
     if len(left) < len(problem.names):
         final = _solve(problem, left, noise, corrected=corrected, start=found)
@@ -234,10 +238,8 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
     values = {
         n: k.value + half_width(k) * z for n, k, z in zip(left, priors, final.best.tolist(), strict=False)
     }
-    # Where physics is off, how to mend it is one more thing that is not known.
-    form = dict(zip(problem.names, np.abs(plain.best - found.best[: len(plain.best)]).tolist(), strict=True))
     spread = {
-        n: half_width(k) * float(np.hypot(_DEVIATES * deviation[n], form[n] if corrected else 0.0))
+        n: half_width(k) * _DEVIATES * float(np.hypot(deviation[n], form[n]))
         for n, k in zip(left, priors, strict=True)
     }
     ratio = np.exp(problem.off * final.best[len(left) :])
@@ -245,8 +247,16 @@ def _fit(problem: _Problem, kept: dict[str, str]) -> _Fitted:
     return _Fitted(values, spread, correction, _noise(final.residual), final.at_bound)
 
 
-def _narrowed(found: _Posterior, kept: dict[str, str]) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Give the least certain parameter to its prior until all that are left are narrowed down."""
+def _narrowed(
+    found: _Posterior, form: Mapping[str, float], kept: dict[str, str]
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Give the least certain parameter to its prior until all that are left are narrowed down.
+
+    Args:
+        found: best values and curvature.
+        form: how far corrections moved each parameter, as a deviation.
+        kept: where parameters that go are noted, with the reason.
+    """
     names = list(found.names)
     total = len(found.best)
     at = list(range(total))
@@ -258,15 +268,16 @@ def _narrowed(found: _Posterior, kept: dict[str, str]) -> tuple[tuple[str, ...],
             marginal = dict(zip(names, deviation.tolist(), strict=False))
         if not names:
             return (), marginal
-        worst = int(np.argmax(deviation[: len(names)]))
-        if deviation[worst] <= _NARROWED:
+        whole = np.hypot(deviation[: len(names)], [form[name] for name in names])
+        worst = int(np.argmax(whole))
+        if whole[worst] <= _NARROWED:
             return tuple(names), marginal
         alone = 1.0 / np.sqrt(found.curvature[at[worst], at[worst]])
         beside = spread[worst] / deviation
         beside[worst] = 0.0
         other = int(np.argmax(np.abs(beside)))
-        partner = names[other] if other < len(names) else "the corrections of decode at measured batch sizes"
-        kept[names[worst]] = reason(names[worst], float(deviation[worst]), float(alone), partner, _NARROWED)
+        partner = names[other] if other < len(names) and deviation[worst] > _NARROWED else _CORRECTIONS
+        kept[names[worst]] = reason(names[worst], float(whole[worst]), float(alone), partner, _NARROWED)
         del names[worst], at[worst]
 
 

@@ -77,6 +77,9 @@ class SaveFolder:
                 f"{self.path}: another keeper runs here; stop it, or name another folder with --state-dir"
             ) from error
         self._lock = handle
+        for half in self.path.glob("gpu-*.new"):  # of a keeper that was killed while it wrote
+            with contextlib.suppress(OSError):
+                half.unlink()
 
     def close(self) -> None:
         """Let others own it; safe to call twice."""
@@ -103,7 +106,7 @@ class SaveFolder:
         self._written.pop(lock.uuid, None)
         beside = path.with_suffix(".new")
         with contextlib.suppress(FileNotFoundError):
-            beside.unlink()  # of a keeper that died while it wrote
+            beside.unlink()  # of a write that failed
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             _write_all(handle, text)

@@ -101,12 +101,16 @@ def _watch(client: SurfaceClient, every_s: float, *, json: bool) -> int:
     from rlgov.governor.terminal import render
 
     clock = SystemClock()
-    if json:
+    if json or not sys.stdout.isatty():
         while True:
-            sys.stdout.write(json_format.dumps(client.status(), allow_nan=False) + "\n")
+            document = client.status()
+            if json:
+                sys.stdout.write(json_format.dumps(document, allow_nan=False) + "\n")
+            else:
+                console().print(render(document))
             sys.stdout.flush()
             clock.sleep_s(every_s)
-    with Live(console=console(), auto_refresh=False, screen=sys.stdout.isatty()) as live:
+    with Live(console=console(), auto_refresh=False, screen=True) as live:
         while True:
             try:
                 shown = render(client.status())

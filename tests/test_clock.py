@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlgov.clock import Clock, SystemClock, VirtualClock
+from rlgov.clock import Clock, SuspendAwareClock, SystemClock, VirtualClock
 from rlgov.errors import ConfigError
 
 
@@ -29,3 +29,11 @@ def test_the_system_clock_does_not_go_back() -> None:
     clock.sleep_s(0.0)
     assert clock.monotonic_s() >= before
     assert clock.wall_s() > 1.6e9
+
+
+def test_the_suspend_aware_clock_is_never_behind() -> None:
+    clock: Clock = SuspendAwareClock()
+    before_s = SystemClock().monotonic_s()  # stands still while the host is suspended
+    assert clock.monotonic_s() >= before_s - 0.01
+    again_s = clock.monotonic_s()
+    assert clock.monotonic_s() >= again_s

@@ -266,7 +266,7 @@ class KeeperClocks:
         if lease is None:
             return ClockCheck(None, ())
         try:
-            checked = get_checked(self._link.ask("check"))
+            checked = get_checked(self._patiently("check"))
         except (HardwareError, KeyError, TypeError, ValueError):
             # `renew` and `lock` say what is wrong; to say it here would end a control loop.
             unknown = tuple(GpuCheck(uuid, None, frozenset(), Verdict.UNVERIFIED) for uuid in self._uuids)
@@ -282,18 +282,22 @@ class KeeperClocks:
         return self._link.state()
 
     def _ask(self, do: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401  # the fields of a request
+        try:
+            return self._patiently(do, **fields)
+        except (KeeperGone, LeaseLost, ForeignWriter):
+            self._lease = None
+            raise
+
+    def _patiently(self, do: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401  # the fields of a request
+        """Ask, but for a while not at all after an answer did not come in time."""
         left_s = self._silent_until_s - self._clock.monotonic_s()
         if left_s > 0:
             raise KeeperGone(f"the keeper did not answer in time; it is asked again in {left_s:.0f} s")
         try:
             return self._link.ask(do, anew=self._lease is None, **fields)
         except KeeperGone as error:
-            self._lease = None
             if isinstance(error.__cause__, TimeoutError):
                 self._silent_until_s = self._clock.monotonic_s() + _HOLD_OFF_S
-            raise
-        except (LeaseLost, ForeignWriter):
-            self._lease = None
             raise
 
     def _note(self, told: dict[str, Any], began_s: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -336,6 +337,60 @@ def test_rlgov_keeper_and_rlgov_hand_over_to_one_program() -> None:
             [sys.executable, "-m", "rlgov", "--help"], capture_output=True, text=True, check=True
         ).stdout
     )
+
+
+def test_clocks_that_change_in_haste_are_set_all_the_same(site: Site) -> None:
+    site.keeper()
+    clocks = site.clocks(*site.stub.uuids)
+    for mhz in (1200, 1500, 1200, 1980):
+        clocks.lock(mhz)
+        assert site.stub.locks_mhz() == (mhz,) * 4
+    clocks.restore()
+    clocks.lock(1200)
+    clocks.close()
+
+
+def test_somebody_elses_lock_is_left_and_told(site: Site) -> None:
+    site.keeper()
+    clocks = site.clocks(*site.stub.uuids[:2])
+    clocks.lock(1200)
+
+    def told() -> bool:
+        try:
+            clocks.renew()
+        except ForeignWriter as error:
+            assert error.gpus == (site.stub.uuids[0],)  # noqa: PT017  # it comes when it comes
+            return True
+        return False
+
+    assert site.wait_until(lambda: clocks.check().verified and told() is False, 60)
+    site.wait_until(lambda: "held" in str(clocks.state().gpus[0].verdict), 60)
+    gpu = site.stub.gpu(0)
+    gpu.locked_low_mhz = gpu.locked_high_mhz = 1605
+    assert site.wait_until(told, 60)
+    assert site.wait_until(lambda: site.stub.locks_mhz() == (1605, None, None, None), 60)
+    with pytest.raises(ForeignWriter, match="--rearm"):
+        clocks.lock(1200)
+    assert clocks.check().asked_mhz is None
+    clocks.rearm()
+    clocks.lock(1200)
+    assert site.stub.locks_mhz() == (1200, 1200, None, None)
+    clocks.close()
+
+
+def test_systemd_hears_that_it_is_ready_and_alive(site: Site, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(60)
+        site.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+        keeper = site.spawn("-m", "rlgov.hardware.keeper", "--state-dir", str(site.folder))
+        assert listener.recv(1000).startswith(b"READY=1\nSTATUS=listening on")
+        for _ in range(3):
+            assert listener.recv(1000) == b"WATCHDOG=1"
+        kill(keeper, signal.SIGTERM)
+        last = b""
+        while last != b"STOPPING=1":
+            last = listener.recv(1000)
 
 
 def test_the_socket_is_where_systemd_says(site: Site) -> None:

@@ -80,6 +80,11 @@ class Knots:
 NO_KNOTS: Final = Knots(np.array([], dtype=np.int64), np.array([]))
 
 
+def _prompt_s(tables: PhysicsTables) -> Floats:
+    """What any prompt adds to an iteration, by TP degree; nothing in tables that do not tell."""
+    return np.asarray(getattr(tables, "prompt_s", np.zeros(len(tables.tp_degrees))), dtype=np.float64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """Mean iterations, with what does not depend on parameters worked out once."""
@@ -113,7 +118,7 @@ class Work:
         compute = compute + t.attention_compute_s[j] * mean.pairs
         comm = correction * self.by_batch(t.decode_comm_s) + t.prefill_comm_s[j] * mean.prefill_tokens
         work = memory * self.by_clock(t, t.memory_scale) + compute * self.by_clock(t, t.compute_scale)
-        return np.asarray(np.maximum(t.host_s[j], work) + comm)
+        return np.asarray(np.maximum(t.host_s[j], work) + comm + mean.prompts * _prompt_s(t)[j])
 
     def power_w(
         self, tables: PhysicsTables, observed: Observations, correction: Floats | float = 1.0

@@ -12,7 +12,7 @@ moved a parameter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -123,6 +123,7 @@ def fit_run(base: Profile, observed: Observations, points: Counts | None = None)
     chosen = np.arange(len(observed.means), dtype=np.int64) if points is None else points
     plain = base.model_copy(update={"decode_rows": ()})
     kept = not_asked(base, observed, chosen)
+    known = {name for name, _ in base.parameters.items()} | {ALL_REDUCE}
     most = float(observed.details.decodes.max())
     cells = observed.details.take(np.isin(observed.details.point, chosen))
     work = Work(cells)
@@ -130,7 +131,7 @@ def fit_run(base: Profile, observed: Observations, points: Counts | None = None)
     knots = _knots(tables_of(plain, {}, most), work)
     time = _fit(
         _Problem(
-            base, tuple(n for n in TIME if n not in kept), np.log(cells.step_s), cells.error,
+            base, tuple(n for n in TIME if n not in kept and n in known), np.log(cells.step_s), cells.error,
             lambda p: tables_of(plain, p, most), work.step_s, knots, knots.shares(cells, degrees), _TIME_OFF,
         ),
         kept,
@@ -162,8 +163,8 @@ def fit_run(base: Profile, observed: Observations, points: Counts | None = None)
 def _knots(tables: PhysicsTables, work: Work) -> Knots:
     """Batch sizes that were measured, those close together as one; of iterations that mostly decode."""
     mean = work.mean
-    bare = Work(type(mean)(mean.point, mean.tp, mean.clock_mhz, mean.decodes, mean.context_tokens,
-                           0.0 * mean.prefill_tokens, 0.0 * mean.pairs, mean.step_s, mean.error))  # fmt: skip
+    none = np.zeros(len(mean))
+    bare = Work(replace(mean, prefill_tokens=none, pairs=none, prompts=none))
     decoding = (mean.decodes >= 1.0) & (bare.step_s(tables) >= _DECODE_SHARE * work.step_s(tables))
     tp: list[int] = []
     batch: list[float] = []

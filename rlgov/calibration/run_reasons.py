@@ -20,7 +20,7 @@ CLOCK_TIME: Final = (
     "layer_overhead_clock_share", "sequence_overhead_clock_share", "kv_clock_share", "memory_knee",
 )  # fmt: skip
 COMMUNICATION: Final = ("all_reduce_latency_s", ALL_REDUCE)
-PREFILL: Final = ("prefill_mfu", "attention_mfu")
+PREFILL: Final = ("prefill_mfu", "attention_mfu", "prompt_overhead_s")
 TIME: Final = (
     "weight_efficiency", "kv_efficiency", "gemm_mfu", *PREFILL, "layer_overhead_s", "sequence_overhead_s",
     *CLOCK_TIME, "host_floor_s", *COMMUNICATION,

@@ -49,6 +49,7 @@ class Mean:
     context_tokens: Floats  # that they attend to, in total
     prefill_tokens: Floats
     pairs: Floats  # (query, key) pairs of the prefill
+    prompts: Floats  # share of the iterations that compute prompt tokens
     step_s: Floats
     error: Floats  # relative standard error of step_s as far as it is known; 0 is allowed
 
@@ -284,6 +285,8 @@ def _means(frame: pd.DataFrame, profile: Profile) -> Mean:
         context_tokens=decodes * context,
         prefill_tokens=prefill,
         pairs=prefill * np.where(np.isfinite(pairs), pairs / prompt, prompt / 2.0),
+        # As if no two prompts began together and none was cut in parts.
+        prompts=np.minimum(_numbers(frame, "served") / iterations, 1.0) * (prefill > 0.0),
         step_s=_numbers(frame, "busy_s") / iterations,
         error=_THROTTLE_DOUBT * mixed,
     )
@@ -343,6 +346,7 @@ def _cells(
                 "context_tokens": own,
                 "prefill_tokens": tokens,
                 "pairs": tokens * per_token,
+                "prompts": float(tokens > 0.0),
                 "step_s": mean_s,
                 "error": error,
             }

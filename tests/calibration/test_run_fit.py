@@ -46,6 +46,7 @@ def grid(
     return Mean(
         point=np.arange(n, dtype=np.int64), tp=columns[0].astype(np.int64), clock_mhz=columns[1],
         decodes=columns[2], context_tokens=columns[3], prefill_tokens=columns[4], pairs=columns[5],
+        prompts=(columns[4] > 0).astype(np.float64),
         step_s=np.ones(n), error=np.zeros(n),
     )  # fmt: skip
 
@@ -92,6 +93,7 @@ def test_prediction_is_the_simulators_own_iteration(
     cell = Mean(
         point=np.zeros(1, dtype=np.int64), tp=np.array([j]), clock_mhz=one * GRID[k], decodes=one * decodes,
         context_tokens=one * context, prefill_tokens=one * prefill, pairs=one * pairs, step_s=one,
+        prompts=one * (prefill > 0),
         error=0 * one,
     )  # fmt: skip
     step_s = iteration_time_s(TABLES, j, k, decodes, context, prefill, pairs)
@@ -271,3 +273,17 @@ def test_corrections_come_from_the_nearest_degree_with_knots() -> None:
     assert np.all(shares[cells.tp == 1][:, 2] == 1.0)  # TP 1 is nearer to 2 than TP 4 is
     at_60 = (cells.tp == 0) & (cells.decodes == 60.0)
     assert np.all(shares[at_60][:, 1] > 0.9)
+
+
+@pytest.mark.skipif("prompt_overhead_s" not in dict(PROFILE.parameters.items()), reason="no such parameter")
+def test_what_any_prompt_adds_is_told_from_its_length(dense: Profile) -> None:
+    def with_overhead(value: float) -> Profile:
+        known = dense.parameters.weight_efficiency.model_copy(
+            update={"value": value, "low": 0.0, "high": 0.02, "kind": "prior"}
+        )
+        changes = {"prompt_overhead_s": known}
+        return dense.model_copy(update={"parameters": dense.parameters.model_copy(update=changes)})
+
+    truth = with_overhead(0.006)
+    fit = fit_run(with_overhead(0.001), measured(truth, grid()))
+    assert fit.values["prompt_overhead_s"] == pytest.approx(0.006, rel=0.05)

@@ -17,6 +17,7 @@ def report(
     profile: str = DEFAULT_PROFILE,
     policy: str | None = None,
     draws: int = 8,
+    adaptation: Path | None = None,
     json: Json = False,
 ) -> None:
     """What a governed run saved, or would have saved had it acted, with how far that can be trusted.
@@ -30,11 +31,15 @@ def report(
         policy: A bundle or a baseline that decides anew on the recorded requests, in simulation: what acting
             would have led to.
         draws: How often the simulation is repeated with other values of the profile's uncertain numbers.
+        adaptation: State file of `rlgov govern --adapt`, such as runs/govern/adaptation.json: what the tables
+            expect then follows it.
         json: Report as JSON.
     """
     from rlgov.agents.baselines import PolicyContext, by_name
+    from rlgov.governor.adaptation_file import read_scales
     from rlgov.governor.shadow_report import shadow_report
     from rlgov.journal import read_journal
+    from rlgov.simulation.forecast import UNSCALED
     from rlgov.simulation.physics import build_tables
     from rlgov.simulation.profile import load_profile
 
@@ -43,7 +48,8 @@ def report(
     recorded, known = read_journal(journal, allow_cut=True), load_profile(profile)
     context = PolicyContext(known.limits(), build_tables(known))
     again = by_name(policy, context) if policy is not None else None
-    found = shadow_report(recorded, known, policy=again, draws=draws)
+    scales = UNSCALED if adaptation is None else read_scales(adaptation, known)
+    found = shadow_report(recorded, known, policy=again, draws=draws, scales=scales)
     if json:
         put_json(found.to_json())
         return

@@ -12,18 +12,20 @@ import os
 import queue
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlgov.config import explain
+from rlgov.errors import ConfigError
 from rlgov.governor.adaptation import MOST_CONFIGURATIONS, Sample
 from rlgov.records import Configuration
 from rlgov.simulation.forecast import Scales
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from rlgov.clock import Clock
     from rlgov.governor.adaptation import Adaptation
@@ -50,20 +52,33 @@ class _Kept(_Strict):
 
 class _State(_Strict):
     schema_version: int
-    belongs_to: str
+    profile_digest: str
+    gpu_uuids: list[str]
     saved_wall_s: _Finite
     time_scale: _Factor
     power_scale: _Factor
     kept: Annotated[list[_Kept], Field(max_length=MOST_CONFIGURATIONS)]
 
 
-def belongs_to(profile: Profile, gpu_uuids: Sequence[str]) -> str:
-    """Names what a state is of: the digest of the profile and the GPUs, whatever their order."""
-    text = profile.model_dump_json() + "\n" + "\n".join(sorted(gpu_uuids))
-    return hashlib.sha256(text.encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a state is of."""
+
+    profile_digest: str
+    gpu_uuids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, profile: Profile, gpu_uuids: Iterable[str]) -> Self:
+        """Of this profile on these GPUs, whatever their order."""
+        return cls(profile_digest(profile), tuple(sorted(gpu_uuids)))
 
 
-def encode(adaptation: Adaptation, owner: str, now_s: float, wall_s: float) -> str:
+def profile_digest(profile: Profile) -> str:
+    """Sha256 of everything a profile says."""
+    return hashlib.sha256(profile.model_dump_json().encode()).hexdigest()
+
+
+def encode(adaptation: Adaptation, owner: Owner, now_s: float, wall_s: float) -> str:
     """The state as JSON."""
     scales = adaptation.scales
     kept = [
@@ -78,7 +93,8 @@ def encode(adaptation: Adaptation, owner: str, now_s: float, wall_s: float) -> s
     ]
     return _State(
         schema_version=SCHEMA,
-        belongs_to=owner,
+        profile_digest=owner.profile_digest,
+        gpu_uuids=list(owner.gpu_uuids),
         saved_wall_s=wall_s,
         time_scale=scales.time,
         power_scale=scales.power,
@@ -86,7 +102,7 @@ def encode(adaptation: Adaptation, owner: str, now_s: float, wall_s: float) -> s
     ).model_dump_json()
 
 
-def decode(text: str, adaptation: Adaptation, owner: str, now_s: float, wall_s: float) -> str:
+def decode(text: str, adaptation: Adaptation, owner: Owner, now_s: float, wall_s: float) -> str:
     """Let adaptation go on from a saved state.
 
     Returns:
@@ -98,7 +114,7 @@ def decode(text: str, adaptation: Adaptation, owner: str, now_s: float, wall_s: 
         return f"it is not understood ({explain(error)[:200]})"
     if state.schema_version != SCHEMA:
         return f"it is of schema {state.schema_version}, not {SCHEMA}"
-    if state.belongs_to != owner:
+    if Owner(state.profile_digest, tuple(state.gpu_uuids)) != owner:
         return "it is of another profile or other GPUs"
     since_s = max(wall_s - state.saved_wall_s, 0.0)  # a wall clock that went back makes nothing younger
     samples = {
@@ -111,17 +127,34 @@ def decode(text: str, adaptation: Adaptation, owner: str, now_s: float, wall_s: 
     return ""
 
 
+def read_scales(path: Path, profile: Profile) -> Scales:
+    """The factors of a saved state, for a report.
+
+    Raises:
+        ConfigError: There is no such state, or it is of another profile.
+    """
+    try:
+        state = _State.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); `rlgov govern --adapt` writes it") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: no state of `rlgov govern --adapt` ({explain(error)[:200]})") from error
+    if state.schema_version != SCHEMA or state.profile_digest != profile_digest(profile):
+        raise ConfigError(f"{path}: is of another profile than {profile.name}; name the run's own --profile")
+    return Scales(state.time_scale, state.power_scale)
+
+
 class AdaptationFile:
     """Loads a state, and saves it now and then from a thread of its own: the loop never waits for a disk.
 
     Args:
         path: The file.
         adaptation: Whose state.
-        owner: See :func:`belongs_to`.
+        owner: What its state is of.
         clock: For ages, and for when to save.
     """
 
-    def __init__(self, path: Path, adaptation: Adaptation, owner: str, clock: Clock) -> None:
+    def __init__(self, path: Path, adaptation: Adaptation, owner: Owner, clock: Clock) -> None:
         self.path = path
         self.problem = ""
         """Why the state was not loaded or last not saved; empty when all went well."""

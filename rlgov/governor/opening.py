@@ -17,7 +17,7 @@ from rlgov.deployments.live_open import open_live
 from rlgov.engine.control.client import StackClient
 from rlgov.errors import BundleError, ConfigError
 from rlgov.governor.adaptation import Adaptation
-from rlgov.governor.adaptation_file import belongs_to
+from rlgov.governor.adaptation_file import Owner
 from rlgov.governor.core import Core
 from rlgov.governor.fitting import mismatches
 from rlgov.governor.gpus import GovernedGpus, open_group
@@ -47,7 +47,7 @@ class Opened:
     gpus: GovernedGpus
     governed: Governed
     mismatches: tuple[str, ...]
-    adaptation_owner: str
+    adaptation_owner: Owner
     """Of what adaptation finds: the profile and these GPUs."""
 
 
@@ -111,7 +111,7 @@ def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
         started_wall_s=clock.wall_s(),
         target=settings.attach or str(settings.control or DEFAULT_CONTROL),
     )
-    owner = belongs_to(profile, governed.gpu_uuids)
+    owner = Owner.of(profile, governed.gpu_uuids)
     return Opened(deployment, core, gpus, governed, unfit, owner)
 
 

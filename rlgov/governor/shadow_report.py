@@ -31,7 +31,7 @@ from rlgov.governor.shadow_simulation import (
     replay_policy,
     simulate_run,
 )
-from rlgov.simulation.forecast import Forecast, stated_error
+from rlgov.simulation.forecast import UNSCALED, Forecast, Scales, stated_error
 from rlgov.simulation.physics import build_tables
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class ShadowReport:
     profile: str
     policy_digest: str
     stated_error: float  # the worst relative error the profile states of itself
+    scales: Scales  # that the tables' expectations were multiplied by
     measured: Measured
     tables: TableSaving
     simulation: SimulatedSaving | None
@@ -142,7 +143,12 @@ class ShadowReport:
 
 
 def shadow_report(
-    journal: Journal, profile: Profile, *, policy: Policy | None = None, draws: int = 8
+    journal: Journal,
+    profile: Profile,
+    *,
+    policy: Policy | None = None,
+    draws: int = 8,
+    scales: Scales = UNSCALED,
 ) -> ShadowReport:
     """Estimate what a governed run saved, and what its decisions would have saved.
 
@@ -151,6 +157,7 @@ def shadow_report(
         profile: Of the deployment.
         policy: Decides anew on the recorded requests, in simulation.
         draws: How often the simulation is repeated with other values within the profile's ranges.
+        scales: Factors on what the tables expect, as adaptation found them; none on the simulation.
 
     Raises:
         ConfigError: The journal holds no decision, no energy, or is of another deployment than the profile.
@@ -158,6 +165,7 @@ def shadow_report(
     limits = journal.header.limits
     tables = build_tables(profile)
     forecast = Forecast(tables, limits)
+    forecast.scales = scales
     pairs = _usable(journal)
     if not pairs:
         raise ConfigError(
@@ -179,6 +187,7 @@ def shadow_report(
         profile=profile.name,
         policy_digest=journal.header.policy_digest,
         stated_error=stated_error(profile),
+        scales=scales,
         measured=_measured(journal, len(pairs)),
         tables=_by_tables(pairs, forecast, limits.fastest),
         simulation=simulation,

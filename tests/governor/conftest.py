@@ -122,6 +122,7 @@ def govern(fake_stack: ModuleType) -> Iterator[Callable[..., Governed]]:
         core: Callable[..., Core] = Core,
         journal: Any = None,
         metered: bool = True,
+        clocks: Any = None,
         **more: Any,
     ) -> Governed:
         policy = wish
@@ -129,6 +130,8 @@ def govern(fake_stack: ModuleType) -> Iterator[Callable[..., Governed]]:
             policy = Wishes(wish if callable(wish) else lambda _: wish)
         there = fake_stack.World() if world is None else world
         gpus = fake_stack.FakeGpus(there, metered=metered)
+        if clocks is not None:
+            gpus.clocks = clocks
         deployment = open_live(fake_stack.FakeStack(there), LIMITS, there.clock, hardware=gpus, acting=False)
         brain = core(deployment.limits, policy, mode=mode, clocks="direct", **more)
         faults = Faults()

@@ -129,6 +129,7 @@ from rlgov.simulation.layout import (
     U_PREFILL_COMPUTE_S,
     U_PREFILL_MEMORY_J,
     U_PREFILL_MEMORY_S,
+    U_PROMPT_S,
     U_STARTUP_S,
     U_STARTUP_W,
     U_TP,
@@ -212,7 +213,7 @@ def _time_and_energy(ph, j, k, decodes, context, tokens, pairs):
     if tokens > 0:
         work += _ps(ph.unit[j, U_PREFILL_MEMORY_S] * ms + ph.unit[j, U_PREFILL_COMPUTE_S] * cs) * tokens
         work += _ps(ph.unit[j, U_ATTENTION_S] * cs * pairs)
-        comm += _ps(ph.unit[j, U_PREFILL_COMM_S]) * tokens
+        comm += _ps(ph.unit[j, U_PREFILL_COMM_S]) * tokens + _ps(ph.unit[j, U_PROMPT_S])
         memory += ph.unit[j, U_PREFILL_MEMORY_J] * tokens
         compute += ph.unit[j, U_PREFILL_COMPUTE_J] * tokens + ph.unit[j, U_ATTENTION_J] * pairs
     duration = max(_ps(ph.unit[j, U_HOST_S]), work) + comm

@@ -149,6 +149,7 @@ UNIT_FIELDS = (
     "prefill_comm_s",
     "attention_compute_s",
     "host_s",
+    "prompt_s",
     "kv_memory_j",
     "kv_compute_j",
     "prefill_memory_j",
@@ -169,6 +170,7 @@ UNIT_FIELDS = (
     U_PREFILL_COMM_S,
     U_ATTENTION_S,
     U_HOST_S,
+    U_PROMPT_S,
     U_KV_MEMORY_J,
     U_KV_COMPUTE_J,
     U_PREFILL_MEMORY_J,
@@ -180,7 +182,7 @@ UNIT_FIELDS = (
     U_WARMUP_W,
     U_BLOCKS,
     U_TP,
-) = range(18)
+) = range(19)
 CLOCK_FIELDS = (
     "grid_clocks_mhz",
     "memory_scale",

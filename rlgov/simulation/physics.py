@@ -266,6 +266,7 @@ def build_tables(
         prefill_comm_s=_rounded(np.array([physics.comm_s(tp) for tp in tps])),
         attention_compute_s=_rounded(np.array([physics.attention_s(tp) for tp in tps])),
         host_s=_rounded(p["host_floor_s"] * each),
+        prompt_s=_rounded(p["prompt_overhead_s"] * each),
         decode_memory_j=_rounded(np.stack([w.memory_j for w in work])),
         decode_compute_j=_rounded(np.stack([w.compute_j for w in work])),
         kv_memory_j=_rounded(np.array([physics.kv_j(tp) for tp in tps])),
@@ -335,7 +336,8 @@ def iteration_time_s(  # the six numbers that define an iteration
     )
     comm_s = t.decode_comm_s[j, decodes] + t.prefill_comm_s[j] * prefill_tokens
     work_s = memory_s * t.memory_scale[k] + compute_s * t.compute_scale[k]
-    return float(max(t.host_s[j], work_s) + comm_s)
+    prompt_s = t.prompt_s[j] if prefill_tokens > 0 else 0.0
+    return float(max(t.host_s[j], work_s) + comm_s + prompt_s)
 
 
 def iteration_energy_j(

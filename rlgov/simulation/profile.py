@@ -139,7 +139,12 @@ class DeploymentShape(Part):
         return self
 
 
-class Parameters(Part):
+_NO_PROMPT_OVERHEAD = Parameter(
+    value=0.0, low=0.0, high=0.0, kind="prior", source="not told apart: no more than the prompt tokens take"
+)
+
+
+class Parameters(GrownPart):
     """Everything fitted or assumed. Powers are per GPU at the highest clock."""
 
     # time
@@ -174,6 +179,8 @@ class Parameters(Part):
     warmup_s: Parameter
     startup_w: Parameter  # per GPU, while an engine wakes or starts
     warmup_w: Parameter  # per GPU
+    # time; came later
+    prompt_overhead_s: Parameter = _NO_PROMPT_OVERHEAD  # host, per iteration that computes prompt tokens
 
     def items(self) -> Iterator[tuple[str, Parameter]]:
         """Name and parameter, in the order of declaration."""

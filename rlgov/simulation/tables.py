@@ -8,6 +8,7 @@ prefills P prompt tokens that attend to A (query, key) pairs takes
     compute_s = decode_compute_s[j, D] + kv_compute_s[j] C + prefill_compute_s[j] P + attention_compute_s[j] A
     comm_s    = decode_comm_s[j, D] + prefill_comm_s[j] P
     t = max(host_s[j], memory_s memory_scale[k] + compute_s compute_scale[k]) + comm_s
+        + (prompt_s[j] where P > 0)
 
 and the whole TP group spends
 
@@ -53,6 +54,7 @@ class PhysicsTables:
     prefill_comm_s: NDArray[np.float64]  # (J,)
     attention_compute_s: NDArray[np.float64]  # (J,) per (query, key) pair
     host_s: NDArray[np.float64]  # (J,) floor of one iteration
+    prompt_s: NDArray[np.float64]  # (J,) more where an iteration computes any prompt tokens
     # energy of the TP group's work, joules, at the highest clock
     decode_memory_j: NDArray[np.float64]  # (J, D)
     decode_compute_j: NDArray[np.float64]  # (J, D)

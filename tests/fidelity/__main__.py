@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--vllm", type=Path, default=PROGRAM, help="the vllm program; rlgov beside it")
     parser.add_argument("--duration-s", type=float, default=plan.duration_s, help="of each cell")
     parser.add_argument("--repeats", type=int, default=plan.repeats, help="of each cell")
+    parser.add_argument("--retries", type=int, default=plan.retries, help="of what was disturbed")
     parser.add_argument("--seed", type=int, default=plan.seed, help="of the traffic")
     parser.add_argument("--no-realtime", action="store_true", help="ask for no priority")
     parser.add_argument("--again", action="store_true", help="compare what lies in --out anew")
@@ -44,7 +45,13 @@ def main() -> int:
         if wanted.again:
             measured = Measured.read(kept)
         else:
-            plan = replace(plan, duration_s=wanted.duration_s, repeats=wanted.repeats, seed=wanted.seed)
+            plan = replace(
+                plan,
+                duration_s=wanted.duration_s,
+                repeats=wanted.repeats,
+                retries=wanted.retries,
+                seed=wanted.seed,
+            )
             measured = _measure(wanted.vllm, plan, wanted.out, progress, realtime=not wanted.no_realtime)
             measured.write(kept)
         analysis = analyse(measured)

@@ -20,7 +20,9 @@ NOTHING = 1e-13  # seconds; a time of 0 would be an efficiency without end
 
 @dataclass(frozen=True, slots=True)
 class IterationFit:
-    """How long an iteration takes: ``wall_s = alone_s[D] + context_s C + prompt_s P + pair_s A``.
+    """How long an iteration takes.
+
+    ``wall_s = alone_s[D] + context_s C + prompt_s P + pair_s A``, and ``prompts_s`` more where P > 0.
 
     D sequences decode with C tokens of context in total, beside P prompt tokens with A (query, key) pairs.
     """
@@ -29,6 +31,7 @@ class IterationFit:
     alone_s: tuple[float, ...]  # at the batches
     context_tokens: tuple[float, ...]  # mean per sequence, at the batches
     context_s: float
+    prompts_s: float
     prompt_s: float
     pair_s: float
     base_s: float  # alone_s by a straight line: at no decode ...
@@ -48,6 +51,7 @@ class IterationFit:
         return np.asarray(
             alone
             + self.context_s * rows.context_tokens
+            + self.prompts_s * (rows.prefill_tokens > 0)
             + self.prompt_s * rows.prefill_tokens
             + self.pair_s * rows.pairs
         )
@@ -100,6 +104,7 @@ def _fit(rows: Iterations) -> IterationFit:
         alone_s=tuple(alone.tolist()),
         context_tokens=tuple((mean_context / batches).tolist()),
         context_s=context_s,
+        prompts_s=0.0,
         prompt_s=0.0,
         pair_s=0.0,
         base_s=float(line[0]),
@@ -114,10 +119,10 @@ def _fit(rows: Iterations) -> IterationFit:
         msg = f"the calibration has {len(prefill)} iterations with prompts; at least {LEAST_ROWS} are needed"
         raise CalibrationError(msg)
     rest = prefill.wall_s - fit.predict_s(prefill)
-    work = np.stack([prefill.prefill_tokens, prefill.pairs], axis=1)
+    work = np.stack([np.ones(len(prefill)), prefill.prefill_tokens, prefill.pairs], axis=1)
     scale = 1.0 / prefill.wall_s
-    (prompt_s, pair_s), _ = nnls(work * scale[:, None], rest * scale)
-    return replace(fit, prompt_s=float(prompt_s), pair_s=float(pair_s))
+    (prompts_s, prompt_s, pair_s), _ = nnls(work * scale[:, None], rest * scale)
+    return replace(fit, prompts_s=float(prompts_s), prompt_s=float(prompt_s), pair_s=float(pair_s))
 
 
 def _near_median(rows: Iterations) -> Iterations:

@@ -102,6 +102,7 @@ def _parameters(fit: IterationFit, model: Model) -> dict[str, Any]:
         "attention_mfu": model.attention_flop_per_pair / (PEAK_FLOP_PER_S * max(fit.pair_s, LEAST_S)),
         "layer_overhead_s": fit.base_s / model.layers,
         "sequence_overhead_s": fit.sequence_s,
+        "prompt_overhead_s": fit.prompts_s,
         **dict.fromkeys(_NOTHING, 0.0),
     }
     source = f"{fit.rows} iterations of a vLLM on the CPU"

@@ -29,6 +29,7 @@ TRUTH = IterationFit(
     alone_s=(0.0066, 0.0070, 0.0078, 0.0100),
     context_tokens=(100.0, 100.0, 100.0, 100.0),
     context_s=1e-6,
+    prompts_s=1.5e-3,
     prompt_s=1.2e-4,
     pair_s=8e-8,
     base_s=0.0061,
@@ -43,7 +44,7 @@ CALM = Disturbance(0.0, 1.0, 0.0)
 
 
 def _hold(concurrency: int, rounds: int = 40) -> HoldRun:
-    """What a closed loop would give were :data:`TRUTH` true; its users go in step, so each iteration is known."""
+    """What a closed loop gives where :data:`TRUTH` is true; its users go in step."""
     rng = np.random.default_rng(concurrency)
     now_s = 100.0
     rows: list[tuple[float, ...]] = []
@@ -170,6 +171,7 @@ def test_the_fit_finds_what_made_the_iterations(measured: Measured) -> None:
 
     assert dict(zip(fit.batches, fit.alone_s, strict=True))[8] == pytest.approx(0.0100, rel=0.02)
     assert fit.context_s == pytest.approx(TRUTH.context_s, rel=0.1)
+    assert fit.prompts_s == pytest.approx(TRUTH.prompts_s, rel=0.15)
     assert fit.prompt_s == pytest.approx(TRUTH.prompt_s, rel=0.02)
     assert fit.pair_s == pytest.approx(TRUTH.pair_s, rel=0.1)
     assert fit.error < 0.02

@@ -54,6 +54,7 @@ def toy_tables(
         prefill_compute_s=2e-4 * share,
         prefill_comm_s=1e-6 * several,
         attention_compute_s=2e-8 * share,
+        prompt_s=3e-4 * ones,
         host_s=host_s * ones,
         decode_memory_j=np.outer(ones, np.where(decodes > 0, 1.5, 0.0)),
         decode_compute_j=np.outer(ones, 0.05 * decodes),

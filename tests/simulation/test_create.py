@@ -108,7 +108,8 @@ def test_every_parameter_is_a_prior_with_a_range_and_a_source() -> None:
         profile = create_profile(find_card(card), _shape(QWEN3_8B), Offer())
         for name, parameter in profile.parameters.items():
             assert parameter.kind == "prior", name
-            assert parameter.low < parameter.high, f"{name} on {card} is claimed to be known"
+            if name != "prompt_overhead_s":  # nothing, unless it was measured
+                assert parameter.low < parameter.high, f"{name} on {card} is claimed to be known"
             assert parameter.source, name
         assert profile.decode_rows == ()
         assert "by physics alone" in profile.description

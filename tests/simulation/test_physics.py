@@ -18,7 +18,7 @@ from rlgov.simulation.physics import (
     iteration_energy_j,
     iteration_time_s,
 )
-from rlgov.simulation.profile import DecodeRow, Profile, load_profile, profile_names
+from rlgov.simulation.profile import DecodeRow, Parameter, Profile, load_profile, profile_names
 from rlgov.simulation.tables import PhysicsTables
 
 PROFILES = {name: load_profile(name) for name in profile_names()}
@@ -179,3 +179,17 @@ def test_low_clocks_slow_memory_too() -> None:
     clocks = tables.grid_clocks_mhz.tolist()
     assert tables.memory_scale[clocks.index(900)] == 1.0
     assert tables.memory_scale[clocks.index(420)] == pytest.approx(0.43 * 1980 / 420)
+
+
+def test_prompts_cost_an_iteration_more_where_that_was_measured() -> None:
+    plain = load_profile("h100-qwen3-8b")
+    overhead = Parameter(value=2e-3, low=1e-3, high=3e-3, kind="measured", source="a test")
+    parameters = plain.parameters.model_copy(update={"prompt_overhead_s": overhead})
+    costly = build_tables(plain.model_copy(update={"parameters": parameters}))
+    tables = build_tables(plain)
+    top = len(tables.grid_clocks_mhz) - 1
+
+    for decodes, prefill, more_s in ((4, 0, 0.0), (4, 1, 2e-3), (0, 500, 2e-3)):
+        work = (0, top, decodes, 900.0, float(prefill), 10.0)
+        assert iteration_time_s(costly, *work) == pytest.approx(iteration_time_s(tables, *work) + more_s)
+    assert "prompt_overhead_s" not in plain.to_yaml()

@@ -80,7 +80,7 @@ class Runs:
             keeper.send_signal(number)
             keeper.wait()
             site.clock.sleep_s(float(rng.uniform(0, LONGEST_DOWNTIME_S)))
-            self._keeper = site.spawn("-m", "rlgov.hardware.keeper", "--state-dir", str(site.folder))
+            self._keeper = site.start_keeper()
         restored = site.wait_until(site.restored, LONGEST_PROMISED_S)
         took_s = site.clock.monotonic_s() - began_s
         for client in clients:
@@ -91,7 +91,7 @@ class Runs:
             site.processes.remove(keeper)
             keeper.communicate()
             assert self._keeper is not None
-            site.wait_until(site.socket.exists, LONGEST_PROMISED_S)
+            site.wait_for(self._keeper)
         site.wait_until(site.restored, LONGEST_PROMISED_S)
         site.stub.state.write_count = 0
         return Run(kind, locked, restored, took_s)

@@ -93,18 +93,26 @@ class Site:
 
     def keeper(self, *flags: str) -> subprocess.Popen[str]:
         """A keeper that serves."""
-        process = self.spawn("-m", "rlgov.hardware.keeper", "--state-dir", str(self.folder), *flags)
+        process = self.start_keeper(*flags)
+        self.wait_for(process)
+        return process
+
+    def start_keeper(self, *flags: str) -> subprocess.Popen[str]:
+        """A keeper that may not serve yet."""
+        return self.spawn("-m", "rlgov.hardware.keeper", "--state-dir", str(self.folder), *flags)
+
+    def wait_for(self, keeper: subprocess.Popen[str]) -> None:
+        """Until a keeper that was started serves."""
 
         def serves() -> bool:
-            if process.poll() is not None:
-                raise AssertionError(f"the keeper ended: {process.communicate()[1]}")
+            if keeper.poll() is not None:
+                raise AssertionError(f"the keeper ended: {keeper.communicate()[1]}")
             with contextlib.suppress(KeeperGone), KeeperLink(self.socket, PATIENCE_S) as link:
                 link.state()
                 return True
             return False
 
         assert self.wait_until(serves, PATIENCE_S)
-        return process
 
     def run(self, *flags: str) -> subprocess.CompletedProcess[str]:
         """The keeper's program, to its end."""

@@ -70,7 +70,7 @@ test: $(STAMP) ## run every test (minutes; needs no GPU)
 bench: $(STAMP) ## measure simulator, environments, training, decisions, and what serves (BENCH_ARGS=PART)
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
-fidelity: $(STAMP) ## a real vLLM on the CPU against the simulator (half an hour; needs `make vllm`)
+fidelity: $(STAMP) ## a real vLLM on the CPU against the simulator (20 minutes; needs `make vllm`)
 	$(BIN)/python -m tests.fidelity $(FIDELITY_ARGS)
 
 format: $(STAMP) ## bring the code into the common form

@@ -264,9 +264,12 @@ def _energies(
     decided: Configuration, window: Window, forecast: Forecast, fastest: Configuration
 ) -> tuple[float, float, float, float]:
     """Measured, and expected at the configurations in force, decided and fastest; for the window's length."""
-    in_force = forecast.expect(window, window.configuration)
-    expected = (in_force, forecast.expect(window, decided), forecast.expect(window, fastest))
-    return (float(window.energy_j or 0.0), *(e.power_w * window.duration_s for e in expected))  # type: ignore[return-value]  # three of them
+    in_force = window.configuration
+    expected_j = {
+        configuration: forecast.expect(window, configuration).power_w * window.duration_s
+        for configuration in {in_force, decided, fastest}  # two of them are mostly one
+    }
+    return float(window.energy_j or 0.0), expected_j[in_force], expected_j[decided], expected_j[fastest]
 
 
 def _percent(estimate: Estimate) -> str:

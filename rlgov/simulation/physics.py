@@ -382,7 +382,15 @@ def effective_clock_index(
     """The highest grid index up to ``k`` at which the iteration stays within TDP; 0 if none does."""
     limit_w = tables.tdp_w * float(tables.tp_degrees[j])
     work = (decodes, context_tokens, prefill_tokens, pairs)
-    for index in range(k, 0, -1):
-        if iteration_energy_j(tables, j, index, *work) <= limit_w * iteration_time_s(tables, j, index, *work):
-            return index
-    return 0
+
+    def fits(index: int) -> bool:
+        energy_j = iteration_energy_j(tables, j, index, *work)
+        return energy_j <= limit_w * iteration_time_s(tables, j, index, *work)
+
+    if fits(k):
+        return k
+    low, high = 0, k  # power rises with the clock: see build_tables
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rlgov.agents.baselines.space import Family, PolicyContext
     from rlgov.agents.policy import Policy
 
+_FALLBACK: Final = "fallback:"
+
 FAMILIES: Final[Mapping[str, Family]] = {
     module.FAMILY.name: module.FAMILY for module in (static, kv_threshold, ecofreq, two_level, load_lookup)
 }
@@ -35,7 +37,8 @@ def by_name(name: str, context: PolicyContext) -> Policy:
 
     Args:
         name: one of :data:`NAMES`, ``static:CLOCK_MHZ/BATCH_CAP/TP``, the path of a tuned baseline
-            (``.json``) or the path of a bundle, with ``@TP`` behind it to start at that TP degree.
+            (``.json``) or the path of a bundle, with ``@TP`` behind it to start at that TP degree and
+            ``fallback:`` before it to let EcoFreq decide where the bundle has never been, as a governor does.
         context: what building it may need.
 
     Raises:
@@ -48,6 +51,8 @@ def by_name(name: str, context: PolicyContext) -> Policy:
         return static.StaticPolicy(configuration)
     if name in NAMES:
         return _named(name, context)
+    if name.startswith(_FALLBACK):
+        return _with_fallback(name.removeprefix(_FALLBACK), context)
     path = Path(name)
     if path.is_file():
         return _from_file(path, context)
@@ -63,6 +68,16 @@ def by_name(name: str, context: PolicyContext) -> Policy:
         "and paths of a tuned baseline (.json) or a bundle (with @TP behind it to start at that TP degree)"
     )
     raise ConfigError(msg)
+
+
+def _with_fallback(name: str, context: PolicyContext) -> Policy:
+    from rlgov.agents.fallback import with_fallback  # noqa: PLC0415  # it needs a baseline of this package
+
+    learned = by_name(name, context)
+    if not isinstance(learned, BundlePolicy) or context.tables is None:
+        msg = f"{_FALLBACK}{name}: only a bundle can fall back, on a profile's physics tables"
+        raise ConfigError(msg)
+    return with_fallback(learned, context.tables, context.limits)
 
 
 def _named(name: str, context: PolicyContext) -> Policy:

@@ -127,9 +127,10 @@ class Forecast:
         share = min(1.0 / busy, 1.0)
         power_w = share * (chunks_per_s * mixed_j + plain_per_s * plain_j)
         power_w += idle_w * (max(1.0 - busy, 0.0) * configuration.tp_degree + idle_gpus)
-        return Expectation(
-            power_w, busy / iterations_per_s, power_w * limits.interval_s, saturated=busy > 1.0 + _SLACK
-        )
+        itl_s = busy / iterations_per_s
+        if batch:  # prompts take their share of the time, whether or not the engine is always busy
+            itl_s = plain_s / max(1.0 - chunks_per_s * (mixed_s - plain_s), plain_s / max(itl_s, plain_s))
+        return Expectation(power_w, itl_s, power_w * limits.interval_s, saturated=busy > 1.0 + _SLACK)
 
     def seen(self, window: Window) -> Seen | None:
         """What the tables, unscaled, expect of the iterations of ``window`` at the configuration in force.

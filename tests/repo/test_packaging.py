@@ -109,7 +109,8 @@ def test_wheel_holds_code_and_data(repository: Path, tmp_path: Path) -> None:
             target = copy / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-            if path.suffix in {".py", ".yaml", ".json"} or path.name == "py.typed":
+            data = "assets" in relative.parts or path.name == "py.typed"
+            if data or path.suffix in {".py", ".yaml", ".json"}:
                 wanted.add(str(relative) if top == "rlgov" else f"rlgov/{relative}")
     # As in a checkout. The links must not carry the code into the wheel a second time.
     (copy / "rlgov" / "envs").symlink_to("../envs")

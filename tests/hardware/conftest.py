@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pynvml
 import pytest
@@ -45,3 +47,10 @@ def session(stub: NvmlStub, clock: VirtualClock) -> Iterator[NvmlSession]:
     assert stub.state.sessions == 0
     with NvmlSession(clock) as opened:
         yield opened
+
+
+@pytest.fixture
+def socket_dir() -> Iterator[Path]:
+    """A folder with a short name: the path of a socket may have some hundred characters at most."""
+    with tempfile.TemporaryDirectory(prefix="rlgov-") as folder:
+        yield Path(folder)

@@ -19,8 +19,8 @@ from tests.hardware.keeper.site import Site
 
 
 @pytest.fixture
-def zeusd(stub: NvmlStub, tmp_path: Path) -> Iterator[FakeZeusd]:
-    fake = FakeZeusd(tmp_path / "zeusd.sock", stub)
+def zeusd(stub: NvmlStub, socket_dir: Path) -> Iterator[FakeZeusd]:
+    fake = FakeZeusd(socket_dir / "zeusd.sock", stub)
     yield fake
     fake.close()
 
@@ -109,10 +109,10 @@ def test_what_is_no_zeusd_is_told_so(
         port.reset_lock(stub.uuids[0])
 
 
-def test_a_keeper_lends_out_what_zeusd_sets(zeusd: FakeZeusd, stub: NvmlStub, tmp_path: Path) -> None:
+def test_a_keeper_lends_out_what_zeusd_sets(zeusd: FakeZeusd, stub: NvmlStub, socket_dir: Path) -> None:
     """The promise without a privileged process of our own."""
     stub.state.unprivileged = 1
-    with Site(stub, tmp_path / "run") as site:
+    with Site(stub, socket_dir / "run") as site:
         site.keeper("--backend", "zeusd", "--zeusd-socket", str(zeusd.path))
         client = site.client(*stub.uuids)
         assert None not in stub.locks_mhz()

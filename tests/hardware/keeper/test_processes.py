@@ -23,8 +23,8 @@ ENDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSEGV, signal.SI
 
 
 @pytest.fixture
-def site(nvml_stub: NvmlStub, tmp_path: Path) -> Iterator[Site]:
-    with Site(nvml_stub, tmp_path / "run") as made:
+def site(nvml_stub: NvmlStub, socket_dir: Path) -> Iterator[Site]:
+    with Site(nvml_stub, socket_dir / "run") as made:
         yield made
 
 
@@ -121,12 +121,12 @@ def test_without_a_keeper_the_program_says_so(site: Site) -> None:
     assert site.run("--rearm").returncode == 0  # nothing to re-arm
 
 
-def test_two_keepers_do_not_run_together(site: Site, tmp_path: Path) -> None:
+def test_two_keepers_do_not_run_together(site: Site, socket_dir: Path) -> None:
     site.keeper()
     done = site.run()
     assert done.returncode == 2
     assert "another keeper runs here" in done.stderr
-    other = Site(site.stub, tmp_path / "other")
+    other = Site(site.stub, socket_dir / "other")
     with other:
         other.keeper()
         first, second = site.clocks(site.stub.uuids[0]), other.clocks(*site.stub.uuids[:2])
@@ -378,11 +378,11 @@ def test_somebody_elses_lock_is_left_and_told(site: Site) -> None:
     clocks.close()
 
 
-def test_systemd_hears_that_it_is_ready_and_alive(site: Site, tmp_path: Path) -> None:
+def test_systemd_hears_that_it_is_ready_and_alive(site: Site, socket_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(tmp_path / "notify"))
+        listener.bind(str(socket_dir / "notify"))
         listener.settimeout(60)
-        site.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+        site.environment |= {"NOTIFY_SOCKET": str(socket_dir / "notify"), "WATCHDOG_USEC": "300000"}
         keeper = site.spawn("-m", "rlgov.hardware.keeper", "--state-dir", str(site.folder))
         assert listener.recv(1000).startswith(b"READY=1\nSTATUS=listening on")
         for _ in range(3):

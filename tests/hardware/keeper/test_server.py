@@ -92,11 +92,11 @@ class Served:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[], Served]]:
+def serve(socket_dir: Path) -> Iterator[Callable[[], Served]]:
     made: list[Served] = []
 
     def make() -> Served:
-        made.append(Served(tmp_path / f"keeper{len(made)}.sock"))
+        made.append(Served(socket_dir / f"keeper{len(made)}.sock"))
         return made[-1]
 
     yield make
@@ -327,12 +327,12 @@ def test_a_closed_connection_with_unread_requests_leaves_nothing(served: Served)
     assert served.bench.state().gpus[0].phase == "free"
 
 
-def test_the_service_manager_hears_ready_and_alive(tmp_path: Path) -> None:
+def test_the_service_manager_hears_ready_and_alive(socket_dir: Path) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     listener.settimeout(5)
-    listener.bind(str(tmp_path / "notify"))
+    listener.bind(str(socket_dir / "notify"))
     environment = {
-        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+        "NOTIFY_SOCKET": str(socket_dir / "notify"),
         "WATCHDOG_USEC": "3000000",
         "WATCHDOG_PID": str(os.getpid()),
     }

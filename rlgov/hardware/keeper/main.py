@@ -58,8 +58,8 @@ def run(arguments: Sequence[str]) -> int:
         options = read_options(arguments, os.environ)
         if options.action == "run":
             return _serve(options)
-        if options.action == "restore_all":
-            return _restore_all(options)
+        if options.action in {"restore_all", "restore_left"}:
+            return _restore(options)
         return _ask(options)
     except RlgovError as error:
         _complain(str(error))
@@ -112,11 +112,15 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _restore_all(options: Options) -> int:
+def _restore(options: Options) -> int:
     """Through the keeper that runs, else by ourselves."""
+    still: tuple[str, ...] = ()
     try:
         with KeeperLink(options.socket, _PATIENCE_S) as link:
-            still = tuple(link.ask("restore_all")["open"])
+            if options.action == "restore_all":
+                still = tuple(link.ask("restore_all")["open"])
+            else:
+                link.state()  # it answers, so it has restored what was left before it
     except KeeperGone:
         still = _restore_saved(options)
     if still:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SOCKET_NAME: Final = "keeper.sock"
 LONGEST_PROMISED_S: Final = 15.0
 
+_ACTIONS: Final = ("restore_all", "restore_left", "rearm", "status")
 _RESERVE_S: Final = 3.0  # for the keeper's own step, and the driver's answer
 _WRITABLE_BY_OTHERS: Final = 0o022
 _HELP: Final = """Lends GPU clocks to a governor that runs without privileges, and takes them back when that
@@ -37,7 +38,7 @@ class Options:
     group: str
     backend: str
     zeusd_socket: Path
-    action: str  # run, restore-all, rearm or status
+    action: str  # run, or one of _ACTIONS
     named: tuple[str, ...]  # GPUs to re-arm, none for all
 
 
@@ -76,7 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=("nvml", "zeusd"), help="who sets the clocks (nvml)")
     parser.add_argument("--zeusd-socket", type=Path, help="of zeusd (/var/run/zeusd.sock)")
     act = parser.add_mutually_exclusive_group()
-    act.add_argument("--restore-all", action="store_true", help="restore every clock and end")
+    act.add_argument(
+        "--restore-all",
+        action="store_true",
+        help="restore every clock and end; a keeper that runs leases nothing more until --rearm",
+    )
+    act.add_argument(
+        "--restore-left",
+        action="store_true",
+        help="restore what a keeper left that does not run any more, and end; for units at boot",
+    )
     act.add_argument(
         "--rearm",
         nargs="*",
@@ -98,7 +108,7 @@ def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> Op
     given: dict[str, Any] = {} if path is None else read_file(path)
     given |= {name: value for name, value in parsed.items() if value is not None and value is not False}
     state_dir = Path(given.get("state_dir") or default_state_dir(environment))
-    action = next((name for name in ("restore_all", "rearm", "status") if name in given), "run")
+    action = next((name for name in _ACTIONS if name in given), "run")
     return Options(
         settings=_settings(given),
         gpus=tuple(given["gpu"]) if "gpu" in given else None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.fakes.nvml import NvmlStub
 
-TTL_S = 1.0
+TTL_S = 3.0
 PATIENCE_S = 60.0  # for processes to start on a busy machine; nothing is measured by it
 
 # Leases a group, says so, then changes the clock now and then and renews in between, until it is told no.

@@ -88,6 +88,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("flags", "action", "named"),
     [
         (["--restore-all"], "restore_all", ()),
+        (["--restore-left"], "restore_left", ()),
         (["--rearm"], "rearm", ()),
         (["--rearm", "GPU-1", "GPU-2"], "rearm", ("GPU-1", "GPU-2")),
         (["--status"], "status", ()),

@@ -82,6 +82,17 @@ def test_what_a_killed_keeper_left_can_be_restored_without_a_keeper(site: Site) 
     assert len(site.stub.writes) == writes
 
 
+def test_what_a_dead_keeper_left_is_no_business_of_one_that_runs(site: Site) -> None:
+    """What the unit at boot does, which may come late."""
+    keeper, client = site.keeper(), site.client(site.stub.uuids[1])
+    assert site.run("--restore-left").returncode == 0
+    assert site.stub.locks_mhz()[1] is not None
+    for process in (keeper, client):
+        kill(process, signal.SIGKILL)
+    assert site.run("--restore-left").returncode == 0
+    assert site.restored()
+
+
 def test_restore_all_says_what_it_could_not_restore(site: Site) -> None:
     keeper, client = site.keeper(), site.client(site.stub.uuids[1])
     for process in (keeper, client):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from rlgov.agents.fallback import FallbackPolicy
 from rlgov.deployments.replayed import Audit, Outcome, ReplayedDeployment
-from rlgov.envs.guard import GuardSettings
+from rlgov.envs.guard import GuardSettings, Reason
 from rlgov.envs.serving_env import ServingEnv
 from rlgov.envs.watch import WatchSettings
 from rlgov.journal import GOVERNOR_MODE, observation_digest
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rlgov.journal import Journal
 
 _SHADOW = "shadow"
+_HAD_ITS_WAY = frozenset({Reason.POLICY.name, Reason.IDLE.name})
 AXES = ("sm_clock_mhz", "batch_cap", "tp_degree")
 
 
@@ -129,8 +131,14 @@ def audit_journal(journal: Journal, policy: Policy, *, guard: GuardSettings | No
             differing += observation_digest(observation) != entry.observation_digest
         asked = policy.decide(observation[None], info["window"].to_row()[None], info["action_mask"][None])
         observation, _, _, _, info = env.step(asked[0])
-        reasons.append(info["reason"])
+        reasons.append(_reason(info["reason"], policy))
     recorded = tuple(
         None if entry.decision is None else entry.decision.reason for entry in journal.intervals[:-1]
     )
     return JournalAudit(policy.name, deployment.audit(), tuple(reasons), recorded, compared, differing)
+
+
+def _reason(guards: str, policy: Policy) -> str:
+    """Why a decision was taken: the guard's reason, unless it let a baseline have its way."""
+    stepped_aside = isinstance(policy, FallbackPolicy) and bool(policy.fallen_back[0])
+    return Reason.OOD.name if stepped_aside and guards in _HAD_ITS_WAY else guards

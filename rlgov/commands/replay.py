@@ -64,7 +64,9 @@ def _replay(settings: ReplaySettings, *, json: bool) -> None:
 def _audit(settings: ReplaySettings, journal_file: Path, *, json: bool) -> int:
     from rlgov.agents.audit import audit_journal
     from rlgov.agents.baselines import PolicyContext, by_name
-    from rlgov.journal import read_journal
+    from rlgov.agents.bundle import BundlePolicy
+    from rlgov.agents.fallback import with_fallback
+    from rlgov.journal import GOVERNOR_MODE, read_journal
     from rlgov.simulation.physics import build_tables
     from rlgov.simulation.profile import load_profile
 
@@ -72,8 +74,11 @@ def _audit(settings: ReplaySettings, journal_file: Path, *, json: bool) -> int:
         raise ConfigError("an audit needs the one policy that took the decisions; name it with --policy")
     journal = read_journal(journal_file)
     limits = journal.header.limits
-    context = PolicyContext(limits, build_tables(load_profile(settings.profile)))
-    found = audit_journal(journal, by_name(settings.policy[0], context))
+    tables = build_tables(load_profile(settings.profile))
+    policy = by_name(settings.policy[0], PolicyContext(limits, tables))
+    if isinstance(policy, BundlePolicy) and GOVERNOR_MODE in journal.header.versions:
+        policy = with_fallback(policy, tables, limits)  # as a governor runs it
+    found = audit_journal(journal, policy)
     report = found.to_json()
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "audit.json"

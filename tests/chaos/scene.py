@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,6 +158,9 @@ class Scene:
         restore_mhz: Clock at which an administrator holds the GPUs; None: they are not locked.
         seed: Of the traffic.
         nursery: Starts the governors; without one each is a Python of its own.
+        control: Control socket of a stack that serves already; None: a toy.
+        profile: Of that stack.
+        gpus: How many there are.
     """
 
     library: Path
@@ -165,6 +170,9 @@ class Scene:
     restore_mhz: int | None = None
     seed: int = 0
     nursery: Nursery | None = None
+    control: Path | None = None
+    profile: str = "h100-qwen3-32b"
+    gpus: int = GPUS
     clock: SystemClock = field(default_factory=SystemClock)
     keeper: Started | None = None
     governor: Program | None = None
@@ -175,17 +183,17 @@ class Scene:
             self.folder = Path(
                 undo.enter_context(TemporaryDirectory(prefix="rlgov-", ignore_cleanup_errors=True))
             )
-            self.stub = NvmlStub(self.folder / "nvml", self.library, GPUS, CLOCKS_MHZ)
+            self.stub = NvmlStub(self.folder / "nvml", self.library, self.gpus, CLOCKS_MHZ)
             undo.callback(self.stub.close)
-            for number in range(GPUS):
+            for number in range(self.gpus):
                 self.stub.gpu(number).name_bytes = NAME
                 if self.restore_mhz is not None:
                     self.foreign_lock(number, self.restore_mhz)
             (self.folder / "keeper").mkdir(mode=0o755)
             self.log = self.folder / "log"
-            self.stack: Target = undo.enter_context(
-                serving(self.folder / "stack.sock", self.stub.uuids, self.seed)
-            )
+            if self.control is None:
+                self.control = self.folder / "stack.sock"
+                self.stack: Target = undo.enter_context(serving(self.control, self.stub.uuids, self.seed))
             undo.callback(self._kill)
             self._undo = undo.pop_all()
         return self
@@ -218,13 +226,14 @@ class Scene:
         program.wait(PATIENCE_S)
         assert program.code == 0, self.said()
 
-    def start_governor(self) -> Program:
+    def start_governor(self, journal: str = "journal") -> Program:
         """A governor in active mode; it has still to come up."""
         argv = [
-            "govern", self.policy, "--mode", "active", "--profile", "h100-qwen3-32b",
-            "--control", str(self.folder / "stack.sock"), "--gpus", *self.stub.uuids,
+            "govern", self.policy, "--mode", "active", "--profile", self.profile,
+            "--control", str(self.control), "--gpus", *self.stub.uuids,
             "--clocks", "keeper", "--keeper-socket", str(self.folder / "keeper" / "keeper.sock"),
-            "--journal", str(self.folder / "journal"), "--listen", str(self.folder / "governor.sock"),
+            "--journal", str(self.folder / journal), "--listen", str(self.folder / "governor.sock"),
+            "--listen", "127.0.0.1:0",
             "--interval-s", str(self.interval_s), "--json",
         ]  # fmt: skip
         if self.nursery is None:
@@ -279,12 +288,12 @@ class Scene:
 
     def restored(self) -> bool:
         """Whether all GPUs are at the saved state, or higher."""
-        return all(self.as_found(number) for number in range(GPUS))
+        return all(self.as_found(number) for number in range(self.gpus))
 
     def governed(self) -> bool:
         """Whether no GPU is."""
         assert self.governor is None or self.governor.running(), f"the governor ended: {self.said()[-3000:]}"
-        return not any(self.as_found(number) for number in range(GPUS))
+        return not any(self.as_found(number) for number in range(self.gpus))
 
     def status(self) -> dict[str, Any]:
         """The governor's status page; empty while it does not answer."""
@@ -292,6 +301,13 @@ class Scene:
             return SurfaceClient(str(self.folder / "governor.sock")).status()
         except RlgovError:
             return {}
+
+    def page(self) -> str:
+        """The metrics page of the newest governor, over TCP."""
+        address = re.findall(r"http://127\.0\.0\.1:\d+", self.said())[-1]
+        with urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE_S) as answer:  # noqa: S310  # loopback
+            text: str = answer.read().decode()
+        return text
 
     def conditions(self) -> set[str]:
         """Names of what holds now, as the status page tells."""

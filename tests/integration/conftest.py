@@ -129,7 +129,7 @@ def stack(
 ) -> Iterator[RunningStack]:
     folder = tmp_path_factory.mktemp("stack")
     tiny_model = _module(REPOSITORY / "tests" / "fakes" / "tiny_model.py")
-    model = tiny_model.write_tiny_model(folder / "model")
+    model = tiny_model.write_tiny_model(folder / "tiny")  # the name the profile has
     run = folder / "serve"
     command = [
         sys.executable, "-m", "rlgov", "serve", "--model", str(model), "--profile", str(tiny_profile),

@@ -164,7 +164,7 @@ def test_the_keeper_gives_back_whatever_ends_it() -> None:
     assert keeper["Type"] == ["notify"]
     assert keeper["Restart"] == ["always"]
     assert keeper["StartLimitIntervalSec"] == ["0"]
-    assert "--restore-all" in keeper["ExecStopPost"][0]
+    assert "--restore-left" in keeper["ExecStopPost"][0]
     assert keeper["RuntimeDirectoryPreserve"] == ["yes"]  # else systemd would delete the saved clocks
     assert float(keeper["WatchdogSec"][0]) < 15  # a keeper that hangs is gone within what is promised
     assert keeper["CapabilityBoundingSet"] == ["CAP_SYS_ADMIN"]

@@ -61,6 +61,7 @@ SLOWEST = (11, 0, 0)
 T_S = 15.0
 TRAINED_PER_S = (1.0, 2.0, 3.0)
 DECISION_CEILING_S = 0.010
+STUB_CLOCKS_MHZ = tuple(sorted({*LIMITS.sm_clocks_mhz, *range(1980, 180, -30)}, reverse=True))
 
 # Every answer of NVML but success, by name; a test holds the list to the binding.
 CODES = (
@@ -389,7 +390,7 @@ def _govern(folder: Path, *words: str, environment: dict[str, str]) -> subproces
 def test_active_is_refused_on_shared_or_other_gpus(
     make_nvml_stub: Callable[..., NvmlStub], tmp_path: Path, field: str, value: Any, said: str
 ) -> None:
-    stub = make_nvml_stub(4, clocks_mhz=range(1980, 180, -15))
+    stub = make_nvml_stub(4, clocks_mhz=STUB_CLOCKS_MHZ)
     for number in range(4):
         stub.gpu(number).name_bytes = b"NVIDIA H100 80GB HBM3"
         setattr(stub.gpu(number), field, value)

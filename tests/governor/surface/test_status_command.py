@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -189,3 +192,23 @@ sys.stdout.write(",".join(sorted(heavy & set(sys.modules))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_watching_on_a_terminal_waits_for_a_governor_that_is_gone(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "rlgov", "status", "--control", str(tmp_path / "none"), "--watch"]
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        kill = threading.Timer(PATIENCE_S, process.kill)
+        kill.start()
+        shown = b""
+        with contextlib.suppress(OSError):  # what reading a terminal gives that nobody writes to any more
+            while b"rlgov govern" not in shown:  # what to start
+                shown += os.read(ours, 4096)
+            process.send_signal(signal.SIGINT)
+            while os.read(ours, 4096):
+                pass
+        kill.cancel()
+    kill.join()
+    os.close(ours)
+    assert process.returncode == cli.EXIT_INTERRUPTED

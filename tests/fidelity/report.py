@@ -164,6 +164,7 @@ def draw(analysis: Analysis, path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     loads = sorted({cell.runs[0].load for cell in analysis.cells})
     caps = sorted({cell.runs[0].batch_cap for cell in analysis.cells})
@@ -184,6 +185,9 @@ def draw(analysis: Analysis, path: Path) -> None:
         for column, load in enumerate(loads):
             axis = axes[row][column]
             axis.set(xscale="log", ylim=(0, 1), xlabel=f"{TITLES[metric]}, ms")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.3)
             if not row:
                 axis.set_title(f"load {load:.0%}")

@@ -30,6 +30,7 @@ PARTS = {
     "gateway": "the gateway before the engines",
     "load": "the load generator",
     "plugin": "the plugin in vLLM",
+    "govern": "the governor",
 }
 """Each but the first is a module beside this one, whose ``measure()`` returns its figures."""
 

@@ -271,6 +271,30 @@ def test_compose_starts_both_with_the_least_rights() -> None:
     assert {"privileged", "pid", "ipc"}.isdisjoint({*keeper, *governor})
 
 
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_docker_takes_the_compose_file(tmp_path: Path) -> None:
+    docker = shutil.which("docker")
+    if docker is None or _run(docker, "compose", "version").returncode:
+        pytest.skip("needs docker with its compose plugin")
+    path = tmp_path / "compose.yaml"
+    path.write_text(deployment_files("compose")["compose.yaml"], encoding="utf-8")
+    done = _run(docker, "compose", "--file", str(path), "config", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_prometheus_takes_the_alerts(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool (of Prometheus)")
+    path = tmp_path / "rules.yaml"
+    path.write_text(deployment_files("grafana")["rlgov-alerts.yaml"], encoding="utf-8")
+    done = _run(promtool, "check", "rules", str(path))
+    assert done.returncode == 0, done.stderr
+
+
 # The command
 
 

@@ -130,7 +130,7 @@ class ServingEnv(gymnasium.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium declares it so
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # keyword arguments with defaults, each documented
         self,
         deployment: Deployment,
         *,

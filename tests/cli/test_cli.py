@@ -177,6 +177,7 @@ def test_the_schema_covers_what_the_file_may_hold(capsys: pytest.CaptureFixture[
         "study",
         "export",
         "serve",
+        "govern",
         "load",
         "characterize",
     }

@@ -63,7 +63,7 @@ _WINDOW_COUNTERS: Final = (
     ("energy_joules", "energy_j", "Measured energy of all allotted GPUs"),
     ("metered_seconds", "metered_s", "Time over which that energy was measured"),
 )
-_QUANTILES: Final = (("0.5", "p50"), ("0.99", "p99"))
+_PERCENTILES: Final = (("50", "p50"), ("99", "p99"))
 
 
 class Exposition(Collector):
@@ -297,8 +297,8 @@ def _of_window(window: Window) -> Iterator[Metric]:
     if window.energy_j is not None and window.duration_s > 0:
         yield _value("power_watts", "Mean power of all allotted GPUs", window.energy_j / window.duration_s)
     for name, about in (("ttft", "Time to first token"), ("tpot", "Time per further token")):
-        family = _gauge(f"{name}_seconds", f"{about} in the last window", ["quantile"])
-        for label, suffix in _QUANTILES:
+        family = _gauge(f"{name}_seconds", f"{about} in the last window", ["percentile"])
+        for label, suffix in _PERCENTILES:
             value = getattr(window, f"{name}_{suffix}_s")
             if value is not None:
                 family.add_metric([label], value)

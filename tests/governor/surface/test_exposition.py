@@ -49,7 +49,7 @@ def test_window_and_decision_are_shown_in_base_units(surface: Surface, make_tick
     assert value(surface, "sm_clock_hertz", stage="applied") == 1500e6
     assert value(surface, "batch_cap", stage="asked") == 256.0
     assert value(surface, "tp_degree", stage="in_force") == 4.0
-    assert value(surface, "ttft_seconds", quantile="0.99") == 0.4
+    assert value(surface, "ttft_seconds", percentile="99") == 0.4
     assert value(surface, "slo_seconds", objective="tpot") == 0.075
     assert value(surface, "lease_seconds") == 2.5
     assert value(surface, "actuation_failures_total", kind="lock") == 2.0
@@ -62,8 +62,8 @@ def test_window_and_decision_are_shown_in_base_units(surface: Surface, make_tick
 def test_what_was_not_measured_has_no_sample(surface: Surface, make_tick: MakeTick) -> None:
     surface.publish(make_tick(seen={"energy_j": None, "ttft_p99_s": None}, ood_score=None, prediction=None))
     assert value(surface, "power_watts") is None
-    assert value(surface, "ttft_seconds", quantile="0.99") is None
-    assert value(surface, "ttft_seconds", quantile="0.5") == 0.1
+    assert value(surface, "ttft_seconds", percentile="99") is None
+    assert value(surface, "ttft_seconds", percentile="50") == 0.1
     assert value(surface, "ood_score") is None
     assert value(surface, "energy_joules_total") == 0.0  # a total of what was measured
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from rlgov.governor.exposition import MOST_VALUES, OTHER, PREFIX
+from rlgov.governor.health import NOT_READY
 from rlgov.governor.records import CONDITIONS, Condition, Governed, Mode, Severity, Tick
 from rlgov.governor.surface import Surface
 from rlgov.records import Configuration, Decision
@@ -210,3 +211,7 @@ def test_target_and_versions_are_on_the_page(surface: Surface, governed: Governe
     assert labels["policy_digest"] == governed.policy_digest
     assert labels["version"] == "1.2.3"
     assert labels["target"] == "control.sock"
+
+
+def test_what_keeps_it_from_being_ready_are_conditions_there_are() -> None:
+    assert set(CONDITIONS) >= NOT_READY

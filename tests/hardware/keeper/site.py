@@ -26,10 +26,12 @@ PATIENCE_S = 60.0  # for processes to start on a busy machine; nothing is measur
 
 # Leases a group, says so, then changes the clock now and then and renews in between, until it is told no.
 CLIENT = """
+import signal
 import sys
 from pathlib import Path
 from rlgov.clock import SystemClock
 from rlgov.hardware.keeper.client import KeeperClocks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs ignore it
 clock = SystemClock()
 clocks = KeeperClocks(Path(sys.argv[1]), tuple(sys.argv[3:]), clock, ttl_s=float(sys.argv[2]), timeout_s=10)
 clocks.lock(1200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 from collections.abc import Callable, Iterator
@@ -161,7 +162,8 @@ def ask(listening: Surface) -> Ask:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection = _unix(listening) if unix else _tcp(listening)
         try:
-            connection.request(method, path, body=body, headers=named)
+            with contextlib.suppress(BrokenPipeError):  # refused by its head: the body is not waited for
+                connection.request(method, path, body=body, headers=named)
             response = connection.getresponse()
             return response.status, dict(response.getheaders()), response.read()
         finally:

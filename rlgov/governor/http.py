@@ -35,6 +35,8 @@ LARGEST_BODY_BYTES: Final = 16 * 1024
 LARGEST_HEAD_LINE_BYTES: Final = 4096
 MOST_CONNECTIONS: Final = 32
 CONNECTION_LIFE_S: Final = 10.0
+LINGER_S: Final = 2.0
+"""How long the rest of a refused body is read, so that its sender gets to see the answer."""
 START_TIMEOUT_S: Final = 10.0
 _SETTLE_S: Final = 0.02
 _UNAVAILABLE: Final = 503
@@ -221,7 +223,7 @@ class SurfaceServer:
             handle_signals=False,
             shutdown_timeout=0.5,
             keepalive_timeout=0.0,
-            lingering_time=0.0,
+            lingering_time=LINGER_S,
             max_line_size=LARGEST_HEAD_LINE_BYTES,
             max_field_size=LARGEST_HEAD_LINE_BYTES,
         )

@@ -150,7 +150,7 @@ class Soak:
             tick = plant.tick()
         except GovernorKilledError:
             plant.kill_governor()
-            self.governor_back_s = self.now_s + self._up_to(10.0)
+            self.governor_back_s = self.now_s + self._back_after_s()
             return
         tally.ticks += 1
         tally.acting += tick.acting
@@ -218,6 +218,10 @@ class Soak:
     def _up_to(self, most_s: float) -> float:
         return float(self.rng.uniform(0.0, most_s))
 
+    def _back_after_s(self) -> float:
+        """Until a governor is started again: at times nobody does it for minutes."""
+        return float(self.rng.exponential(20.0))
+
     def _later(self, after_s: float, what: Callable[[], None]) -> None:
         self.plant.due.append((self.now_s + after_s, what))
 
@@ -236,7 +240,7 @@ class Soak:
 
     def _governor_ended(self) -> None:
         self.plant.end_governor()
-        self.governor_back_s = self.now_s + self._up_to(10.0)
+        self.governor_back_s = self.now_s + self._back_after_s()
 
     def _governor_stopped(self) -> None:
         self.plant.stopped = True
@@ -259,7 +263,7 @@ class Soak:
         self.plant.keeper_dies(0.5 + self._up_to(5.0))
         if self.plant.governor_lives:
             self.plant.kill_governor()
-            self.governor_back_s = self.now_s + self._up_to(10.0)
+            self.governor_back_s = self.now_s + self._back_after_s()
 
     def _host_suspended(self) -> None:
         self.plant.clock.suspend_s(self._up_to(600.0))

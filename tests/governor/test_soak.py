@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rlgov.governor.records import CONDITIONS
+from rlgov.hardware.keeper.machine import LeaseMachine
+from rlgov.hardware.keeper.values import Effect
 from tests.chaos.soak import ROTATION, soak
 
 
@@ -24,3 +27,14 @@ def test_an_hour_of_random_faults_leaks_nothing(tmp_path: Path) -> None:
     assert max(tally.handles) - min(tally.handles) < 10
     assert 1 <= tally.journal_files <= ROTATION.files
     assert tally.journal_bytes <= ROTATION.files * ROTATION.file_bytes
+
+
+@pytest.mark.slow
+def test_it_would_be_noticed_if_a_keeper_restored_nothing_when_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(*_: object) -> Iterator[Effect]:
+        yield from ()
+
+    monkeypatch.setattr(LeaseMachine, "recover", forget)
+    assert soak(3.0, 1, tmp_path).broken

@@ -12,6 +12,7 @@ from typing import Final
 
 PREFIXES: Final = ("vllm:", "vllm_")
 PROCESS_START: Final = "process_start_time_seconds"
+PROCESS_CPU: Final = "process_cpu_seconds_total"
 """Wall time at which the exporting process began; tells a restart from a counter that went on."""
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
+from rlgov.engine.telemetry.names import PROCESS_CPU
 from rlgov.engine.telemetry.page import MAX_PAGE_BYTES, sample_from_page
 from rlgov.engine.telemetry.progress import Progress
 from rlgov.errors import ConfigError, TelemetryError
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 TIMEOUT_SHARE: Final = 0.5
 """Of the interval: an answer that takes longer is given up, so that scrapes never pile up."""
 STALE_AFTER_INTERVALS: Final = 3.0
+SAME_PAGE_S: Final = 12.0
+"""A page that tells its process's CPU time changes within this time: answering takes some. The smallest
+server there is, asked twice a second, was seen to show the same for up to 8 s."""
 _CHUNK_BYTES: Final = 64 * 1024
 
 
@@ -86,6 +90,8 @@ class Scraper:
         self._failure = ""
         self._failures = 0
         self._progress = Progress()
+        self._page = ""  # the last one, for as long as it has been the same
+        self._same_since_s = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -134,7 +140,9 @@ class Scraper:
         """Read the page once, in the caller's thread, and keep it; returns whether it could be read."""
         at_s = self._clock.monotonic_s()
         try:
-            sample = sample_from_page(self._fetch(at_s), at_s=at_s, engine_id=self._engine_id)
+            page = self._fetch(at_s)
+            sample = sample_from_page(page, at_s=at_s, engine_id=self._engine_id)
+            self._refuse_a_copy(page, at_s)
         except TelemetryError as error:
             with self._lock:
                 self._failure = str(error)
@@ -146,6 +154,18 @@ class Scraper:
             self._failures = 0
             self._progress.observe(sample)
         return True
+
+    def _refuse_a_copy(self, page: str, at_s: float) -> None:
+        """Raise TelemetryError for a page that somebody keeps and hands out again and again."""
+        if page != self._page:
+            self._page, self._same_since_s = page, at_s
+            return
+        same_s = at_s - self._same_since_s
+        if f"\n{PROCESS_CPU} " in page and same_s >= SAME_PAGE_S:
+            raise TelemetryError(
+                f"{self._url} answers with one and the same page for {same_s:.0f} s, CPU time included; a "
+                "cache stands before the engine: give the engine's own address"
+            )
 
     def _loop(self) -> None:
         while not self._stop.is_set():

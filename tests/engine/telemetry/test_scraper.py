@@ -231,6 +231,37 @@ def test_counters_that_stand_still_under_load_are_a_stall(server: Server) -> Non
     assert not scraper.latest().stalled
 
 
+@pytest.mark.parametrize("tells_cpu_time", [True, False])
+def test_a_page_that_a_cache_hands_out_again_and_again_is_noticed(
+    server: Server, *, tells_cpu_time: bool
+) -> None:
+    """An idle engine, so its counters say nothing; the CPU time of a real one moves with every answer."""
+
+    def page(cpu_s: float) -> Answer:
+        idle = render({"0": Seen(running=0, waiting=0)})
+        return whole(idle + f"process_cpu_seconds_total {cpu_s}\n" if tells_cpu_time else idle)
+
+    clock = VirtualClock(100.0)
+    scraper = Scraper(server.url, clock, interval_s=PATIENCE_S, stale_after_s=3.0)
+    for second in range(20):
+        server.answer = page(second / 100)
+        assert scraper.scrape()
+        clock.advance_s(1.0)
+    taken = []
+    for _ in range(30):  # the last page, for ever
+        taken.append(scraper.scrape())
+        clock.advance_s(1.0)
+    assert all(taken) is not tells_cpu_time
+    assert taken[:10] == [True] * 10
+    seen = scraper.latest()
+    assert seen.blind is tells_cpu_time
+    if tells_cpu_time:
+        assert "one and the same page" in seen.failure
+        server.answer = page(9.0)
+        assert scraper.scrape()
+        assert not scraper.latest().blind
+
+
 def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

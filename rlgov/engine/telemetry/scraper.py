@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 TIMEOUT_SHARE: Final = 0.5
 """Of the interval: an answer that takes longer is given up, so that scrapes never pile up."""
 STALE_AFTER_INTERVALS: Final = 3.0
-SAME_PAGE_S: Final = 12.0
-"""A page that tells its process's CPU time changes within this time: answering takes some. The smallest
-server there is, asked twice a second, was seen to show the same for up to 8 s."""
+SAME_PAGES: Final = 24
+"""So many answers cost a process CPU time that shows on its page. The smallest server there is was seen to
+give 16 equal ones."""
 _CHUNK_BYTES: Final = 64 * 1024
 
 
@@ -91,7 +91,7 @@ class Scraper:
         self._failures = 0
         self._progress = Progress()
         self._page = ""  # the last one, for as long as it has been the same
-        self._same_since_s = 0.0
+        self._same = 0  # answers
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -142,7 +142,7 @@ class Scraper:
         try:
             page = self._fetch(at_s)
             sample = sample_from_page(page, at_s=at_s, engine_id=self._engine_id)
-            self._refuse_a_copy(page, at_s)
+            self._refuse_a_copy(page)
         except TelemetryError as error:
             with self._lock:
                 self._failure = str(error)
@@ -155,16 +155,16 @@ class Scraper:
             self._progress.observe(sample)
         return True
 
-    def _refuse_a_copy(self, page: str, at_s: float) -> None:
+    def _refuse_a_copy(self, page: str) -> None:
         """Raise TelemetryError for a page that somebody keeps and hands out again and again."""
         if page != self._page:
-            self._page, self._same_since_s = page, at_s
+            self._page, self._same = page, 1
             return
-        same_s = at_s - self._same_since_s
-        if f"\n{PROCESS_CPU} " in page and same_s >= SAME_PAGE_S:
+        self._same += 1
+        if f"\n{PROCESS_CPU} " in page and self._same > SAME_PAGES:
             raise TelemetryError(
-                f"{self._url} answers with one and the same page for {same_s:.0f} s, CPU time included; a "
-                "cache stands before the engine: give the engine's own address"
+                f"{self._url} gave one and the same page {self._same} times, CPU time included; a cache "
+                "stands before the engine: give the engine's own address"
             )
 
     def _loop(self) -> None:

@@ -80,7 +80,7 @@ class Fault:
             assert self.scene.keeper is not None
             self.scene.keeper.wait(PATIENCE_S)
             if stop_post:
-                self.scene.restore_all()
+                self.scene.stop_post()
             self.scene.start_keeper()
 
         self.acts.append((at_s, again))
@@ -158,8 +158,8 @@ class KeeperHangs(Fault):
     def plan(self) -> None:
         self.kill_keeper(SIGSTOP)
         self.kill_keeper(SIGABRT, WATCHDOG_S)
-        self.kill_keeper(SIGKILL, WATCHDOG_S + 0.1)
-        self.start_keeper(WATCHDOG_S + 0.1, stop_post=True)
+        self.kill_keeper(SIGCONT, WATCHDOG_S)  # as systemd does, or a stopped process would not get it
+        self.start_keeper(WATCHDOG_S, stop_post=True)
 
 
 class BothKilled(Fault):

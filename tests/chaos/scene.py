@@ -218,10 +218,12 @@ class Scene:
         self.until("the keeper serves", lambda: self._serves(keeper))
         return keeper
 
-    def restore_all(self) -> None:
-        """What systemd's ExecStopPost does."""
+    def stop_post(self) -> None:
+        """What systemd's ExecStopPost does when a keeper has ended."""
         program = Started(
-            ["rlgov.hardware.keeper", "--restore-all", *self._keeper_flags()], self.stub.environment, self.log
+            ["rlgov.hardware.keeper", "--restore-left", *self._keeper_flags()],
+            self.stub.environment,
+            self.log,
         )
         program.wait(PATIENCE_S)
         assert program.code == 0, self.said()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_both_killed_at_once_and_only_the_keeper_comes_back(scene: Scene) -> Non
 def test_both_killed_at_once_and_nothing_comes_back_but_the_service_manager(scene: Scene) -> None:
     scene.start()
     _kill_both(scene)
-    scene.restore_all()
+    scene.stop_post()
     assert scene.restored()
     assert scene.saved() == set()
 
@@ -143,6 +144,26 @@ def test_a_killed_governor_leaves_a_journal_that_can_be_read(scene: Scene) -> No
     assert len(journal.intervals) >= 6
     decisions = [interval.decision for interval in journal.intervals if interval.decision is not None]
     assert {decision.asked.sm_clock_mhz for decision in decisions} == {600}
+
+
+def _cpu_s(pid: int) -> float:
+    figures = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(figures[11]) + int(figures[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_governor_is_small(scene: Scene) -> None:
+    scene.start()
+    assert scene.governor is not None
+    pid, before, began_s = scene.governor.pid, scene.status()["tick"]["number"], _cpu_s(scene.governor.pid)
+    while scene.status()["tick"]["number"] < before + 15:
+        scene.clock.sleep_s(scene.interval_s)
+    # A hundredth of a core is 10 ms a tick of a second; here the machine is busy, and status is asked for.
+    assert (_cpu_s(pid) - began_s) / (scene.status()["tick"]["number"] - before) < 0.1
+    assert _resident_bytes(pid) < 100e6
 
 
 def test_random_faults_leave_nothing_locked() -> None:

@@ -142,6 +142,7 @@ def _end_the_governor(scene: Scene, stack: RunningStack) -> None:
 def _check_what_an_operator_sees(page: dict[str, float], status: dict[str, Any]) -> None:
     assert page["rlgov_governor_ticks_total"] > 10
     assert page["rlgov_governor_requests_served_total"] > 0
+    assert page["process_resident_memory_bytes"] < 100e6
     assert status["governed"]["policy_digest"]
     assert status["tick"]["acting"] is True
     assert status["tick"]["actuation"]["clocks"] == "keeper"

@@ -67,6 +67,7 @@ def govern(
         with ExitStack() as undo:
             undo.callback(notifier.close)
             opened = open_governor(settings, clock)
+            undo.callback(opened.claim.give_up)
             undo.callback(opened.deployment.close)
             events = _events(settings, opened.governed.limits)
             surface = Surface(opened.governed, clock, addresses=addresses, token=token, events=events)
@@ -90,6 +91,7 @@ def govern(
                 policy_digest=opened.governed.policy_digest,
                 orders=surface.commands,
                 alive=notifier.alive,
+                claim=opened.claim,
             )
             _say(opened, settings, tuple(map(str, surface.addresses)), json=json)
             notifier.ready(f"{settings.mode}: {opened.governed.policy} on {opened.governed.target}")

@@ -22,6 +22,7 @@ class Facts:
     check: ClockCheck = field(default_factory=lambda: ClockCheck(None, ()))
     clock_error: RlgovError | None = None  # of setting, renewing, checking or restoring; None: all went well
     clock_failures_in_a_row: int = 0
+    rival: str = ""  # another governor that acts on this stack; empty when there is none
     failures: dict[str, int] = field(default_factory=dict)  # since the start, by what failed and how
     unread_because: str = ""  # why the stack could not be read; empty when it could
     blind_because: str = ""  # why the window is blind; empty when it is not

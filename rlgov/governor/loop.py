@@ -13,6 +13,7 @@ from rlgov.errors import HardwareError, RlgovError
 from rlgov.governor.facts import Facts
 from rlgov.governor.journal import NoJournal
 from rlgov.governor.records import CommandKind, Mode
+from rlgov.governor.rivals import NoStackClaim
 from rlgov.journal import GOVERNOR_MODE, Header, Interval
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rlgov.governor.core import Core
     from rlgov.governor.journal import Journal
     from rlgov.governor.records import Command, Tick
+    from rlgov.governor.rivals import StackClaim
     from rlgov.hardware.clocks import ClockControl
     from rlgov.hardware.events import EventSource, XidEvent
     from rlgov.records import Window
@@ -48,6 +50,7 @@ class Governor:
         versions: Software by name, for the journal.
         orders: What operators asked for since the last call; does not wait.
         alive: Called once an interval, and while waiting for the deployment: for a watchdog.
+        claim: Keeps other governors from acting on the same stack.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a loop, each replaceable by a stand-in
@@ -63,6 +66,7 @@ class Governor:
         policy_digest: str = "",
         orders: Callable[[], tuple[Command, ...]] = no_orders,
         alive: Callable[[], None] = lambda: None,
+        claim: StackClaim | None = None,
     ) -> None:
         self._deployment = deployment
         self._core = core
@@ -74,6 +78,7 @@ class Governor:
         self._policy_digest = policy_digest
         self._orders = orders
         self._alive = alive
+        self._claim: StackClaim = NoStackClaim() if claim is None else claim
         self._episode: tuple[int, Mode] | None = None
         self._rearm_problem = ""
         self.waiting_because = ""
@@ -137,6 +142,7 @@ class Governor:
             check=deployment.check,
             clock_error=status.clock_error,
             clock_failures_in_a_row=status.clock_failures_in_a_row,
+            rival=self._rival(),
             failures=dict(status.failures),
             unread_because=status.unread_because,
             blind_because=deployment.blind_because,
@@ -151,6 +157,14 @@ class Governor:
             journal_dropped=self._journal.dropped,
             journal_problem=self._journal.problem,
         )
+
+    def _rival(self) -> str:
+        """Who else acts on this stack; looked for only where this governor would."""
+        if self._core.mode is Mode.ACTIVE:
+            return self._claim.take()
+        if not self._deployment.acting:  # not before everything was given back
+            self._claim.give_up()
+        return ""
 
     def _faults(self) -> tuple[XidEvent, ...]:
         try:

@@ -22,6 +22,7 @@ from rlgov.governor.core import Core
 from rlgov.governor.fitting import mismatches
 from rlgov.governor.gpus import GovernedGpus, open_group
 from rlgov.governor.records import Governed, Mode
+from rlgov.governor.rivals import FileClaim, NoStackClaim
 from rlgov.governor.settings import DEFAULT_CONTROL
 from rlgov.simulation.forecast import Forecast, stated_error
 from rlgov.simulation.physics import build_tables
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rlgov.agents.policy import Policy
     from rlgov.clock import Clock
     from rlgov.deployments.live import LiveDeployment
+    from rlgov.governor.rivals import StackClaim
     from rlgov.governor.settings import GovernSettings
     from rlgov.records import Limits
     from rlgov.simulation.profile import Profile
@@ -47,6 +49,8 @@ class Opened:
     gpus: GovernedGpus
     governed: Governed
     mismatches: tuple[str, ...]
+    claim: StackClaim
+    """Keeps other governors from acting on the same stack; give it up when the deployment is closed."""
     adaptation_owner: Owner
     """Of what adaptation finds: the profile and these GPUs."""
 
@@ -112,7 +116,11 @@ def open_governor(settings: GovernSettings, clock: Clock) -> Opened:
         target=settings.attach or str(settings.control or DEFAULT_CONTROL),
     )
     owner = Owner.of(profile, governed.gpu_uuids)
-    return Opened(deployment, core, gpus, governed, unfit, owner)
+    claim: StackClaim = NoStackClaim()
+    if settings.attach is None:
+        control = settings.control or DEFAULT_CONTROL
+        claim = FileClaim(control.with_name(f"{control.name}.governor"))
+    return Opened(deployment, core, gpus, governed, unfit, claim, owner)
 
 
 def _advice(settings: GovernSettings, profile: Profile) -> str:

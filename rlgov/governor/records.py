@@ -32,6 +32,7 @@ class Severity(StrEnum):
 
 CONDITIONS: Final[tuple[str, ...]] = (
     "ActuationUnverified",
+    "AnotherGovernor",
     "Blind",
     "BundleMismatch",
     "EngineRestarted",

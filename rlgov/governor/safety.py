@@ -98,6 +98,7 @@ class Safety:
         clear = [
             not self._unfit(facts, conditions),
             not self._is_lost(facts, conditions),
+            not self._has_rival(facts, conditions),
             not self._is_foreign(facts, conditions),
             not self._is_denied(facts, conditions),
             not self._is_blind(facts, window, reason, conditions),
@@ -159,6 +160,16 @@ class Safety:
         return bool(self._denied)
 
     # ------------------------------------------------------------------ while it lasts
+
+    @staticmethod
+    def _has_rival(facts: Facts, conditions: Conditions) -> bool:
+        if facts.rival:
+            conditions.tell(
+                "AnotherGovernor", Severity.CRITICAL, facts.now_s,
+                f"another governor acts on this stack ({facts.rival}), so this one does not",
+                "end one of the two, or order one into shadow mode; once the other is gone, this one acts",
+            )  # fmt: skip
+        return bool(facts.rival)
 
     def _is_blind(self, facts: Facts, window: Window, reason: Reason, conditions: Conditions) -> bool:
         if reason is not Reason.BLIND:

@@ -123,6 +123,7 @@ def govern(fake_stack: ModuleType) -> Iterator[Callable[..., Governed]]:
         journal: Any = None,
         metered: bool = True,
         clocks: Any = None,
+        claim: Any = None,
         **more: Any,
     ) -> Governed:
         policy = wish
@@ -143,7 +144,14 @@ def govern(fake_stack: ModuleType) -> Iterator[Callable[..., Governed]]:
             return told
 
         loop = Governor(
-            deployment, brain, there.clock, clocks=gpus.clocks, events=faults, journal=journal, orders=take
+            deployment,
+            brain,
+            there.clock,
+            clocks=gpus.clocks,
+            events=faults,
+            journal=journal,
+            orders=take,
+            claim=claim,
         )
         made.append(Governed(there, deployment, brain, loop, faults, orders))
         return made[-1]

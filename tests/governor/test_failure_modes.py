@@ -44,7 +44,8 @@ from rlgov.governor.core import Core
 from rlgov.governor.facts import Facts
 from rlgov.governor.fitting import mismatches
 from rlgov.governor.journal import RotationSettings, ThreadedJournal
-from rlgov.governor.records import Mode, Tick
+from rlgov.governor.records import Command, CommandKind, Mode, Tick
+from rlgov.governor.rivals import FileClaim
 from rlgov.hardware.gpus import Gpu
 from rlgov.hardware.nvml import NvmlError
 from rlgov.simulation.forecast import Forecast
@@ -432,3 +433,61 @@ def test_what_a_decision_took_is_in_its_tick(govern: Callable[..., Any]) -> None
     governed.tick(3)
     assert all(tick.decision_duration_s >= 0.0 for tick in governed.ticks)
     assert json.dumps(governed.ticks[-1].overruns) == "0"
+
+
+# --------------------------------------------------------------------------- 8: two governors
+
+
+def test_a_second_governor_of_a_stack_does_not_act_until_the_first_is_gone(
+    govern: Callable[..., Any], tmp_path: Path
+) -> None:
+    """On one world, so that whatever the second one did would show."""
+    first_claim, second_claim = FileClaim(tmp_path / "c.governor"), FileClaim(tmp_path / "c.governor")
+    first = govern((5, 1, 0), claim=first_claim)
+    first.tick(10)
+    assert first.ticks[-1].acting
+    calls = len(first.world.calls)
+    second = govern((9, 3, 0), world=first.world, claim=second_claim)
+    for _ in range(10):
+        second.tick()
+        assert not second.ticks[-1].acting
+        assert {"AnotherGovernor"} <= second.names()
+    assert not {"lock", "configure", "restore"} & set(first.world.calls[calls:])
+    assert f"process {os.getpid()}" in second.condition("AnotherGovernor")
+    first.orders.append(Command(CommandKind.MODE, Mode.SHADOW))
+    first.tick(2)
+    assert first.given_back
+    second.until(lambda tick: tick.acting, 3)
+    assert "AnotherGovernor" not in second.names()
+    first.orders.append(Command(CommandKind.MODE, Mode.ACTIVE))
+    first.tick(3)
+    assert "AnotherGovernor" in first.names()
+    second_claim.give_up()
+    first_claim.give_up()
+
+
+CLAIMING = """
+import pathlib, sys
+from rlgov.governor.rivals import FileClaim
+claim = FileClaim(pathlib.Path(sys.argv[1]))
+print(repr(claim.take()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_claim_ends_with_its_process_and_is_not_needed_where_it_cannot_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "c.governor"
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIMING, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "''"
+        mine = FileClaim(path)
+        assert mine.take() == f"process {other.pid}"
+        other.kill()
+        other.wait()
+        assert mine.take() == ""
+        assert mine.take() == ""
+        mine.give_up()
+        mine.give_up()
+    assert FileClaim(tmp_path / "nowhere" / "c.governor").take() == ""

@@ -1,7 +1,7 @@
 """The live deployment on a real vLLM: its actions really act, and nothing is lost.
 
-One server serves all of these tests, in this order: starting one takes a minute. They run in one process
-of pytest-xdist for the same reason.
+One server serves all of these tests, in this order, after test_govern_vllm.py: starting one takes a minute.
+They run in one process of pytest-xdist for the same reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real-vllm")]
 
 HERE = Path(__file__).resolve().parent
-WINDOWS = 60
+WINDOWS = 30
 
 
 def _assert_whole(requests: list[RequestResult], at_least: int) -> None:
@@ -122,6 +122,7 @@ def test_chat_and_everything_else_goes_through_the_gateway(stack: RunningStack) 
 def test_the_tp_degree_changes_under_load_without_losing_a_request(
     stack: RunningStack, make_load: Callable[..., Load]
 ) -> None:
+    before = stack.interval().traffic.cursor
     with make_load(concurrency=8, output_tokens=64) as load:
         up = stack.switch(2)
         assert (up.tp_degree, up.last_switch["outcome"]) == (2, "done"), up
@@ -129,7 +130,7 @@ def test_the_tp_degree_changes_under_load_without_losing_a_request(
         assert (down.tp_degree, down.last_switch["outcome"]) == (1, "done"), down
     assert [engine.tp_degree for engine in down.engines] == [1]
     _assert_whole(load.requests, at_least=100)
-    records = stack.client.interval(0).traffic.closed
+    records = stack.client.interval(before).traffic.closed
     engines_used = {record.engine_id for record in records if record.outcome == "served"}
     assert len(engines_used) == 3
     assert {record.outcome for record in records} == {"served"}
@@ -160,7 +161,7 @@ def test_a_policy_from_the_simulator_governs_it_and_replays_equally(
     assert figures["blind_windows"] == 0
     assert figures["energy_j"] > 0
     assert figures["served"] > 0
-    _assert_whole(load.requests, at_least=50)
+    _assert_whole(load.requests, at_least=20)
 
     # Its actions reached the driver and the engine, and everything was given back.
     locked = {clock for _, clock in driver.writes if clock is not None}

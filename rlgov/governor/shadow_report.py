@@ -135,6 +135,9 @@ class ShadowReport:
             f"{tables.measured_over_predicted:.3f}",
             f"{simulated.measured_over_predicted:.3f}" if simulated else none,
         )
+        if self.scales != UNSCALED:
+            factors = f"{self.scales.time:.2f} for time, {self.scales.power:.2f} for power"
+            table.add_row("factors on what is predicted", factors, none)
         for name in ("in force", "decided", "fastest"):
             table.add_row(f"requests within their limits, {name}", none, seen.get(name, none))
         attained = self.measured.slo_attainment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlgov import cli
 from rlgov.agents.baselines.ecofreq import EcoFreqPolicy, EcoFreqSettings
 from rlgov.clock import VirtualClock
 from rlgov.deployments.simulated import SimulatedDeployment
@@ -30,7 +32,8 @@ from rlgov.governor.core import Core
 from rlgov.governor.facts import Facts
 from rlgov.governor.records import Drift, Mode
 from rlgov.hardware.clocks import ClockCheck, GpuCheck, Verdict
-from rlgov.records import Configuration, Limits, Window
+from rlgov.journal import FileSink, Header, Interval, JournalWriter
+from rlgov.records import Configuration, Decision, Limits, Window
 from rlgov.simulation.forecast import Forecast, Scales, stated_error
 from rlgov.simulation.physics import build_tables
 from rlgov.simulation.profile import load_profile
@@ -47,7 +50,7 @@ SLOW = LIMITS.configuration((9, 2, 0))
 
 TIMES = (
     "decode_memory_s", "decode_compute_s", "decode_comm_s", "kv_memory_s", "kv_compute_s", "prefill_memory_s",
-    "prefill_compute_s", "prefill_comm_s", "attention_compute_s", "host_s",
+    "prefill_compute_s", "prefill_comm_s", "prompt_s", "attention_compute_s", "host_s",
 )  # fmt: skip
 ENERGIES = (
     "decode_memory_j", "decode_compute_j", "kv_memory_j", "kv_compute_j", "prefill_memory_j",
@@ -480,6 +483,27 @@ def test_a_report_takes_the_factors_of_its_profile_only(tmp_path: Path) -> None:
         read_scales(path, load_profile("h100-qwen3-8b"))
     with pytest.raises(ConfigError, match="--adapt"):
         read_scales(tmp_path / "none.json", PROFILE)
+
+
+def test_a_report_follows_the_factors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a deployment that draws half as much again as its profile says."""
+    windows = play(make(), other(1.0, 1.4), (FASTEST,), hold=60, rounds=1)
+    path, state = tmp_path / "run.jsonl", tmp_path / "state.json"
+    with JournalWriter(FileSink(path), Header(LIMITS)) as writer:
+        for window in windows:
+            writer.write(Interval(window, Decision(window.start_s + 1.0, MIDDLE, MIDDLE, "POLICY")))
+    adaptation = make(step=0.02)
+    feed(adaptation, [(0.0, math.log(1.4))] * 60)
+    state.write_text(encode(adaptation, OWNER, 100.0, 5000.0), encoding="utf-8")
+    words = ["report", str(path), "--profile", PROFILE.name, "--draws", "0", "--json"]
+    off = []
+    for more in ([], ["--adaptation", str(state)]):
+        assert cli.run([*words, *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        off.append(told["tables"]["measured_over_predicted"])
+    assert off[0] == pytest.approx(1.4, rel=0.1)
+    assert off[0] / off[1] == pytest.approx(1.4)
+    assert told["scales"]["power"] == pytest.approx(1.4)
 
 
 def test_a_state_of_another_profile_or_other_gpus_is_not_taken() -> None:

@@ -68,7 +68,9 @@ def set_apart(pids: Iterable[int], *, worker: str, engine: str, realtime: bool) 
         pids: Processes of the engine; this one is added, and put back when the block is left.
         worker: Beginning of the name of the process that runs the model ...
         engine: ... and of the one whose main thread is the engine's loop.
-        realtime: Ask for real-time scheduling: ordinary programs then hardly disturb the measurement.
+        realtime: Ask for real-time scheduling: ordinary programs then hardly disturb the measurement. But the
+            kernel stops real-time programs for 50 ms of each second in which they use a core whole
+            (sched_rt_runtime_us), so on an idle machine it does more harm than good.
 
     Yields:
         What was done, in words.

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=plan.repeats, help="of each cell")
     parser.add_argument("--retries", type=int, default=plan.retries, help="of what was disturbed")
     parser.add_argument("--seed", type=int, default=plan.seed, help="of the traffic")
-    parser.add_argument("--realtime", action="store_true", help="real-time priority, on a machine that is not idle")
+    parser.add_argument("--realtime", action="store_true", help="priority, where the machine is not idle")
     parser.add_argument("--again", action="store_true", help="compare what lies in --out anew")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     wanted = parser.parse_args()

@@ -20,6 +20,7 @@ class Server:
     model: str
     most_tokens: int | None  # prompt and output of one request; None: it does not tell
     version: str | None  # of vLLM
+    root: str = ""  # where the model's files come from, whatever name it is served under; empty: not told
 
     @property
     def versions(self) -> dict[str, str]:
@@ -51,7 +52,9 @@ def ask_server(url: str, api_key_env: str | None) -> Server:
         except (requests.exceptions.RequestException, ValueError, KeyError, TypeError):
             version = None  # vLLM's own, which other servers lack
     most = first.get("max_model_len")
-    return Server(model, most if isinstance(most, int) else None, version)
+    root = first.get("root")
+    known = root if isinstance(root, str) else ""
+    return Server(model, most if isinstance(most, int) else None, version, known)
 
 
 def _ask(session: requests.Session, where: str) -> Any:  # noqa: ANN401  # JSON

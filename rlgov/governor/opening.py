@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 from rlgov.agents.baselines import PolicyContext, by_name
 from rlgov.agents.bundle import Bundle, BundlePolicy, load_bundle, software_versions
 from rlgov.agents.fallback import with_fallback
+from rlgov.characterize.server import ask_server
 from rlgov.config import DEFAULT_PROFILE
 from rlgov.deployments.attached import attach_live
 from rlgov.deployments.live_open import open_live
 from rlgov.engine.control.client import StackClient
-from rlgov.errors import BundleError, ConfigError
+from rlgov.errors import BundleError, CharacterizationError, ConfigError
 from rlgov.governor.adaptation import Adaptation
 from rlgov.governor.adaptation_file import Owner
 from rlgov.governor.core import Core
@@ -160,9 +161,13 @@ def _limits(profile: Profile, settings: GovernSettings) -> Limits:
 
 
 def _stack(settings: GovernSettings) -> tuple[str, tuple[str, ...] | None]:
-    """Model and GPUs of the stack; an attached vLLM does not tell."""
+    """Model and GPUs of the stack; of an attached vLLM the model, where it tells."""
     if settings.attach is not None:
-        return "", None
+        try:
+            server = ask_server(settings.attach, None)
+        except CharacterizationError:  # not up yet, or it asks for a key: the profile's word stands
+            return "", None
+        return server.root or server.model, None
     with StackClient(settings.control or DEFAULT_CONTROL, timeout_s=_PATIENCE_S) as client:
         offer = client.limits()
     return offer.model, offer.gpu_uuids

@@ -14,7 +14,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -402,6 +404,38 @@ def test_active_is_refused_on_shared_or_other_gpus(
     assert done.returncode == 2, done.stdout
     assert "--mode active is refused" in done.stderr
     assert said in done.stderr
+    assert stub.writes == ()
+
+
+class _OtherModel(BaseHTTPRequestHandler):
+    """A server of another model, under a name that says nothing."""
+
+    def do_GET(self) -> None:
+        body = b'{"data": [{"id": "mine", "root": "meta-llama/Llama-3.3-70B-Instruct"}]}'
+        self.send_response(200 if self.path == "/v1/models" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_active_is_refused_where_an_attached_server_has_another_model(
+    make_nvml_stub: Callable[..., NvmlStub], tmp_path: Path
+) -> None:
+    stub = make_nvml_stub(4, clocks_mhz=STUB_CLOCKS_MHZ)
+    for number in range(4):
+        stub.gpu(number).name_bytes = b"NVIDIA H100 80GB HBM3"
+    with HTTPServer(("127.0.0.1", 0), _OtherModel) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        done = _govern(
+            tmp_path, "fastest", "--attach", f"http://127.0.0.1:{server.server_port}", "--mode", "active",
+            "--clocks", "direct", "--profile", PROFILE.name, environment=stub.environment,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.returncode == 2, done.stdout
+    assert "the deployment serves meta-llama/Llama-3.3-70B-Instruct" in done.stderr
     assert stub.writes == ()
 
 

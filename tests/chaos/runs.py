@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -38,7 +39,7 @@ FOREIGN_MHZ: Final = 1200
 SETTLED: Final = frozenset({Phase.FREE, Phase.YIELDED})
 
 
-class Fault:
+class Fault(ABC):
     """One kind of fault: what is done, and when, in seconds after it begins.
 
     Args:
@@ -57,9 +58,9 @@ class Fault:
         self.acts: list[tuple[float, Act]] = []
         self.plan()
 
+    @abstractmethod
     def plan(self) -> None:
         """Fill in what is done."""
-        raise NotImplementedError
 
     def void(self) -> bool:
         """Whether nothing came of it, so that nothing has to be given back."""
